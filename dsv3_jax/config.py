@@ -1,0 +1,460 @@
+"""Every setting of a run, as frozen dataclasses that refuse inconsistent values when they are built.
+
+A config file under `configs/` has one function `config() -> Config`. No other module reads flags or the
+environment: what a function needs it is given, from here.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or contradicts another; the message names it and says what to change."""
+
+
+def _require(condition: bool, setting: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{setting}={value!r}: {remedy}")
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension of the decoupled rotary part (report 4.3)."""
+
+    factor: float = 40.0
+    """How many times longer the context becomes."""
+    original_length: int = 4096
+    """Sequence length the model was trained at before extension."""
+    beta_fast: float = 32.0
+    """Frequencies that turn more often than this over the original length are kept."""
+    beta_slow: float = 1.0
+    """Frequencies that turn less often than this over the original length are fully interpolated."""
+    mscale: float | None = 1.0
+    """Temperature of cos and sin, relative to `mscale_all_dim`. None: absent from the checkpoint."""
+    mscale_all_dim: float | None = 1.0
+    """Temperature of the softmax scale. None: absent, the softmax scale is not changed."""
+    attention_factor: float | None = None
+    """Multiplies cos and sin; None derives it from the two mscales."""
+    truncate: bool = True
+    """Round the ends of the interpolation ramp to whole frequencies."""
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 1, "yarn.factor", self.factor, "use a factor of at least 1")
+        _require(self.original_length > 0, "yarn.original_length", self.original_length, "use a positive length")
+        _require(
+            self.beta_fast > self.beta_slow,
+            "yarn.beta_fast",
+            self.beta_fast,
+            f"must be above yarn.beta_slow={self.beta_slow}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a DeepSeek-V3 model (report 4.2). The defaults are the tiny model of `configs/tiny.py`."""
+
+    vocab_size: int = 4096
+    """Rows of the embedding and of the output head."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 5
+    """Transformer layers of the main model, dense ones included."""
+    num_dense_layers: int = 1
+    """First layers, whose FFN is dense."""
+    d_ff: int = 768
+    """FFN width of the dense layers."""
+    num_heads: int = 8
+    """Attention heads."""
+    qk_nope_head_dim: int = 32
+    """Per-head query/key width without position."""
+    qk_rope_head_dim: int = 16
+    """Per-head query width, and shared key width, that carries RoPE."""
+    v_head_dim: int = 32
+    """Per-head value width."""
+    q_lora_rank: int | None = 128
+    """Width of the compressed query latent; None projects queries directly."""
+    kv_lora_rank: int = 64
+    """Width of the compressed key/value latent, which is what decoding caches."""
+    num_experts: int = 16
+    """Routed experts of a MoE layer."""
+    num_shared_experts: int = 1
+    """Experts that every token passes."""
+    d_ff_expert: int = 192
+    """FFN width of one expert."""
+    top_k: int = 4
+    """Routed experts a token passes."""
+    num_groups: int = 4
+    """Groups the routed experts are divided into."""
+    top_k_groups: int = 2
+    """Groups a token's experts may come from."""
+    routed_scaling_factor: float = 2.5
+    """Multiplies the normalized routing weights."""
+    normalize_top_k: bool = True
+    """Divide the selected routing weights by their sum."""
+    num_mtp_modules: int = 1
+    """Multi-token prediction depths (report 2.2)."""
+    rope_theta: float = 10000.0
+    """RoPE base."""
+    yarn: YarnConfig | None = None
+    """Context extension; None is plain RoPE."""
+    max_length: int = 4096
+    """Longest sequence the model is meant for."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    init_std: float = 0.006
+    """Standard deviation of every weight matrix at initialization."""
+
+    def __post_init__(self) -> None:
+        positive = [
+            "vocab_size", "d_model", "num_layers", "d_ff", "num_heads", "qk_nope_head_dim", "qk_rope_head_dim",
+            "v_head_dim", "kv_lora_rank", "num_experts", "d_ff_expert", "top_k", "num_groups", "top_k_groups",
+            "max_length",
+        ]  # fmt: skip
+        for name in positive:
+            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+        _require(
+            self.q_lora_rank is None or self.q_lora_rank > 0,
+            "model.q_lora_rank",
+            self.q_lora_rank,
+            "use a positive rank, or None for queries without compression",
+        )
+        _require(
+            self.num_shared_experts >= 0, "model.num_shared_experts", self.num_shared_experts, "cannot be negative"
+        )
+        _require(self.num_mtp_modules >= 0, "model.num_mtp_modules", self.num_mtp_modules, "cannot be negative")
+        _require(
+            self.qk_rope_head_dim % 2 == 0,
+            "model.qk_rope_head_dim",
+            self.qk_rope_head_dim,
+            "must be even: RoPE rotates pairs",
+        )
+        _require(
+            0 <= self.num_dense_layers <= self.num_layers,
+            "model.num_dense_layers",
+            self.num_dense_layers,
+            f"must lie between 0 and model.num_layers={self.num_layers}",
+        )
+        _require(
+            self.num_experts % self.num_groups == 0,
+            "model.num_experts",
+            self.num_experts,
+            f"must be a multiple of model.num_groups={self.num_groups}",
+        )
+        _require(
+            self.top_k_groups <= self.num_groups,
+            "model.top_k_groups",
+            self.top_k_groups,
+            f"a token cannot reach more than model.num_groups={self.num_groups} groups",
+        )
+        _require(
+            self.top_k <= self.reachable_experts,
+            "model.top_k",
+            self.top_k,
+            f"model.top_k_groups={self.top_k_groups} groups hold only {self.reachable_experts} experts: "
+            "lower top_k or raise top_k_groups",
+        )
+        _require(
+            self.num_groups == 1 or self.num_experts // self.num_groups >= 2,
+            "model.num_groups",
+            self.num_groups,
+            "a group's score is the sum of its two best experts, so a group needs at least 2: use fewer groups",
+        )
+        _require(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Per-head width of queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers of the main model whose FFN is a mixture of experts."""
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def reachable_experts(self) -> int:
+        """Experts in the groups that one token may reach."""
+        return self.num_experts // self.num_groups * self.top_k_groups
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens (report 4.1)."""
+
+    source: str = "stdlib"
+    """`stdlib` (the Python standard library's own source), a folder of .txt/.md/.py, or a .jsonl, .parquet or
+    .arrayrecord file, or a folder of such files."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet."""
+    tokenizer: str | None = None
+    """A tokenizer.json to load; None trains a byte-level BPE on the source and caches it by content."""
+    cache_dir: str = "~/.cache/dsv3_jax"
+    """Where trained tokenizers are kept."""
+    fim_rate: float = 0.1
+    """Share of documents rearranged as prefix-suffix-middle."""
+    split_rate: float = 0.1
+    """Share of merged punctuation tokens that are split at random."""
+    validation_share: float = 0.02
+    """Share of documents held out, chosen by a hash of their content."""
+
+    def __post_init__(self) -> None:
+        for name in ("fim_rate", "split_rate"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"data.{name}", value, "must lie between 0 and 1")
+        _require(
+            0 < self.validation_share < 1,
+            "data.validation_share",
+            self.validation_share,
+            "must lie between 0 and 1, both excluded",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the learning rate, whose times are counted in tokens (report 4.2)."""
+
+    peak_lr: float = 2.2e-4
+    """Learning rate after warmup."""
+    warmup_tokens: float = 25.2e9
+    """Tokens of linear warmup from 0."""
+    decay_start_tokens: float = 10e12
+    """Where the cosine decay starts."""
+    decay_end_tokens: float = 14.3e12
+    """Where the cosine decay ends."""
+    decayed_lr: float = 2.2e-5
+    """Learning rate at the end of the cosine."""
+    final_start_tokens: float = 14.633e12
+    """Where the last phase starts."""
+    final_lr: float = 7.3e-6
+    """Learning rate of the last phase."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on every weight matrix and not on norm gains."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    moments: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type the Adam moments are stored in."""
+    ema_decay: float | None = None
+    """Decay per step of the average of the weights kept in host memory; None keeps none."""
+
+    def __post_init__(self) -> None:
+        _require(self.peak_lr > 0, "optimizer.peak_lr", self.peak_lr, "must be positive")
+        order = ["warmup_tokens", "decay_start_tokens", "decay_end_tokens", "final_start_tokens"]
+        for before, after in zip(order, order[1:], strict=False):
+            _require(
+                getattr(self, before) <= getattr(self, after),
+                f"optimizer.{before}",
+                getattr(self, before),
+                f"must not come after optimizer.{after}={getattr(self, after)}",
+            )
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
+        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive")
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "optimizer.ema_decay",
+            self.ema_decay,
+            "must lie between 0 and 1, or be None",
+        )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses and the speed of the router bias, over tokens (report 2.1.2, 2.2, 4.2)."""
+
+    mtp_weight: float = 0.3
+    """Lambda of the MTP losses before `mtp_switch_tokens`."""
+    mtp_weight_late: float = 0.1
+    """Lambda afterwards."""
+    mtp_switch_tokens: float = 10e12
+    """When lambda changes."""
+    bias_update_speed: float = 0.001
+    """Gamma of the router bias; 0 switches auxiliary-loss-free balancing off."""
+    bias_freeze_tokens: float = 14.3e12
+    """From here on gamma is 0."""
+    sequence_balance_weight: float = 1e-4
+    """Alpha of the sequence-wise balance loss."""
+    batch_balance_weight: float = 0.0
+    """Weight of the batch-wise balance loss, over each microbatch of the whole mesh."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _require(getattr(self, f.name) >= 0, f"loss.{f.name}", getattr(self, f.name), "cannot be negative")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many tokens a step takes (report 4.2)."""
+
+    seq_len: int = 256
+    """Tokens of one sequence."""
+    sequences: int = 8
+    """Sequences of the global batch, once the ramp is over."""
+    start_sequences: int | None = None
+    """Sequences of the first steps; None is no ramp."""
+    ramp_tokens: float = 0.0
+    """Tokens over which the batch grows linearly to `sequences`."""
+    microbatch: int | None = None
+    """Sequences of one forward and backward pass, over the whole mesh; None takes the batch at once. The batch grows
+    by whole microbatches."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len > 1, "batch.seq_len", self.seq_len, "must be at least 2")
+        for name in ("sequences", "start_sequences", "microbatch"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"batch.{name}", value, "must be positive")
+        _require(
+            self.start_sequences is None or self.start_sequences <= self.sequences,
+            "batch.start_sequences",
+            self.start_sequences,
+            f"must not exceed batch.sequences={self.sequences}",
+        )
+        _require(
+            self.start_sequences is None or self.microbatch is not None,
+            "batch.start_sequences",
+            self.start_sequences,
+            "a batch that grows needs batch.microbatch",
+        )
+        for name in ("sequences", "start_sequences"):
+            value = getattr(self, name)
+            _require(
+                value is None or value % self.rows_per_microbatch == 0,
+                f"batch.{name}",
+                value,
+                f"must be a multiple of batch.microbatch={self.microbatch}",
+            )
+
+    @property
+    def rows_per_microbatch(self) -> int:
+        """Sequences of one forward and backward pass, over the whole mesh."""
+        return self.microbatch or self.sequences
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The mesh. Experts live on `node` x `gpu`, the batch on `data` x `node` x `gpu` (report 3.2)."""
+
+    data: int | None = None
+    """Replicas of the experts; None takes what `node` and `gpu` leave."""
+    node: int = 1
+    """Nodes of one expert-parallel group: the slow link."""
+    gpu: int | None = None
+    """GPUs of a node that share its experts: the fast link. None takes all the devices that `data` and `node` leave."""
+    devices: int | None = None
+    """Devices to use; on CPU they are emulated. None takes all there are."""
+    expert_buffer_factor: float = 2.0
+    """Rows a device can receive in the expert exchange, over a balanced load. A step that needs more is run again with
+    a larger buffer."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "node", "gpu", "devices"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"parallel.{name}", value, "must be positive")
+        _require(
+            self.expert_buffer_factor >= 1,
+            "parallel.expert_buffer_factor",
+            self.expert_buffer_factor,
+            "a balanced load needs a factor of at least 1",
+        )
+
+    def shape(self, devices: int) -> dict[str, int]:
+        """The size of each mesh axis on this many devices; raises ConfigError where they do not divide."""
+        gpu, data = self.gpu, self.data
+        if gpu is None:
+            gpu = max(1, devices // ((data or 1) * self.node))
+        if data is None:
+            data = max(1, devices // (self.node * gpu))
+        _require(
+            data * self.node * gpu == devices,
+            "parallel",
+            f"data {data} x node {self.node} x gpu {gpu}",
+            f"is {data * self.node * gpu} devices, and there are {devices}: change parallel.data, parallel.node, "
+            "parallel.gpu or parallel.devices",
+        )
+        return {"data": data, "node": self.node, "gpu": gpu}
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole state is saved, and how much of it is kept."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step and a SIGTERM save too."""
+    keep: int = 3
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, "checkpoint.every", self.every, "must be positive")
+        _require(self.keep > 0, "checkpoint.keep", self.keep, "must be positive")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where the run reports to, besides the terminal and metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files into the output folder, when the package is installed."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the wandb package."""
+    sample_tokens: int = 120
+    """Tokens of the sample completion at the end."""
+    validation_rows: int = 64
+    """Held-out sequences that the final validation loss is measured on."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    steps: int = 100
+    """Optimizer steps of the whole run."""
+    output_dir: str = "runs/tiny"
+    """Folder for checkpoints, metrics and pictures."""
+    resume: Literal["auto", "never"] = "never"
+    """`auto` continues from the newest readable checkpoint in the output folder, if there is one."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the matrix products. Master weights and gradients are float32 either way."""
+    recompute: Literal["none", "report", "layer"] = "report"
+    """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU as the report does; or
+    every layer from its input."""
+    seed: int = 0
+    """Seed of the weights, the shuffling, FIM and the sample."""
+    profile: bool = False
+    """Write a trace of three steps that xprof and Perfetto open."""
+    max_bad_steps: int = 5
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, "steps", self.steps, "must be positive")
+        _require(self.max_bad_steps > 0, "max_bad_steps", self.max_bad_steps, "must be positive")
+        _require(
+            self.batch.seq_len <= self.model.max_length,
+            "batch.seq_len",
+            self.batch.seq_len,
+            f"exceeds model.max_length={self.model.max_length}",
+        )
+        _require(
+            self.batch.seq_len > self.model.num_mtp_modules + 1,
+            "batch.seq_len",
+            self.batch.seq_len,
+            f"must exceed model.num_mtp_modules + 1 = {self.model.num_mtp_modules + 1}",
+        )
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the run if the batch did not grow."""
+        return self.steps * self.batch.sequences * self.batch.seq_len
