@@ -1,0 +1,87 @@
+"""Output head and cross-entropy in chunks of tokens, so that all logits never exist at once.
+
+When differentiated, each chunk's gradient is computed beside its loss, so the logits are computed only once.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.ops.weights import MixedWeight, Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Sums over the weighted tokens: of the loss in nats, and of the tokens whose label has the largest logit."""
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "tokens d_model"],
+    head: Weight,
+    labels: Int[Array, " tokens"],
+    token_weights: Float[Array, " tokens"],
+    chunk: int = 1024,
+) -> CrossEntropy:
+    """Weighted sum of -log softmax(hidden @ head)[label], float32; head is [d_model, vocab].
+
+    Only [chunk, vocab] logits exist at a time. The gradient of a `MixedWeight` head is float32.
+    """
+    tokens, d_model = hidden.shape
+    chunk = min(chunk, tokens)
+    chunks = -(-tokens // chunk)
+    pad = chunks * chunk - tokens
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1)))
+        return padded.reshape(chunks, chunk, *x.shape[1:])
+
+    value, slot = (head.value, head.slot) if isinstance(head, MixedWeight) else (head.astype(hidden.dtype), head)
+    loss, correct = _cross_entropy(split(hidden), value, slot, split(labels), split(token_weights))
+    return CrossEntropy(loss, correct)
+
+
+def _chunk_loss(h: Array, head: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Loss and correct sums of a chunk, and the gradient of the loss with respect to its logits."""
+    logits = jnp.matmul(h, head, preferred_element_type=jnp.float32)
+    top = logits.max(axis=-1, keepdims=True)
+    exps = jnp.exp(logits - top)
+    total = exps.sum(axis=-1, keepdims=True)
+    is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
+    label_logit = jnp.where(is_label, logits, 0).sum(axis=-1)
+    loss = (top + jnp.log(total))[:, 0] - label_logit
+    correct = label_logit >= top[:, 0]
+    d_logits = (exps / total - is_label) * weights[:, None]
+    return (loss * weights).sum(), (correct * weights).sum(), d_logits
+
+
+@jax.custom_vjp
+def _cross_entropy(h: Array, head: Array, slot: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
+    losses, corrects = jax.lax.map(lambda c: _chunk_loss(c[0], head, c[1], c[2])[:2], (h, labels, weights))
+    return losses.sum(), corrects.sum()
+
+
+def _cross_entropy_fwd(h: Array, head: Array, slot: Array, labels: Array, weights: Array) -> tuple:
+    def step(d_head: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
+        loss, correct, d_logits = _chunk_loss(chunk[0], head, chunk[1], chunk[2])
+        d_logits = d_logits.astype(h.dtype)
+        d_head += jnp.matmul(chunk[0].T, d_logits, preferred_element_type=jnp.float32)
+        return d_head, (loss, correct, jnp.matmul(d_logits, head.T))
+
+    zeros = jnp.zeros_like(slot, jnp.float32)
+    d_head, (losses, corrects, d_h) = jax.lax.scan(step, zeros, (h, labels, weights))
+    return (losses.sum(), corrects.sum()), (d_h, d_head.astype(slot.dtype))
+
+
+def _cross_entropy_bwd(residuals: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple:
+    d_h, d_head = residuals
+    d_loss = cotangents[0]
+    return (d_h * d_loss).astype(d_h.dtype), None, (d_head * d_loss).astype(d_head.dtype), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

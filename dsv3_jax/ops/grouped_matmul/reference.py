@@ -1,0 +1,38 @@
+"""Grouped matrix products as one batched product over row tiles.
+
+`lax.ragged_dot` computes every group for every row where it has no kernel; here each tile meets one group's weight.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def grouped_forward(
+    x: Float[Array, "rows k"], weight: Float[Array, "groups k n"], tile_group: Int[Array, " tiles"]
+) -> Float[Array, "rows n"]:
+    """Each tile of rows times the weight of its group."""
+    tiles = x.reshape(tile_group.shape[0], -1, x.shape[-1])
+    return jnp.einsum("tmk,tkn->tmn", tiles, weight[tile_group]).reshape(x.shape[0], -1)
+
+
+def grouped_dgrad(
+    dy: Float[Array, "rows n"], weight: Float[Array, "groups k n"], tile_group: Int[Array, " tiles"]
+) -> Float[Array, "rows k"]:
+    """Gradient of the rows."""
+    tiles = dy.reshape(tile_group.shape[0], -1, dy.shape[-1])
+    return jnp.einsum("tmn,tkn->tmk", tiles, weight[tile_group]).reshape(dy.shape[0], -1)
+
+
+def grouped_wgrad(
+    x: Float[Array, "rows k"], dy: Float[Array, "rows n"], tile_group: Int[Array, " tiles"], groups: int
+) -> Float[Array, "groups k n"]:
+    """Gradient of the weights in float32: each group's tiles summed. A group without rows gets zero."""
+    tiles = tile_group.shape[0]
+    per_tile = jnp.einsum(
+        "tmk,tmn->tkn",
+        x.reshape(tiles, -1, x.shape[-1]),
+        dy.reshape(tiles, -1, dy.shape[-1]),
+        preferred_element_type=jnp.float32,
+    )
+    return jax.ops.segment_sum(per_tile, tile_group, num_segments=groups, indices_are_sorted=True)
