@@ -1,0 +1,57 @@
+"""Linear, RMSNorm and the SwiGLU feed-forward."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from dsv3_jax.ops.linear import linear
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A float32 weight drawn from a normal distribution (report 4.2)."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class Linear(nnx.Module):
+    """A projection without bias; kernel is [in, out]."""
+
+    def __init__(self, d_in: int, d_out: int, std: float, rngs: nnx.Rngs):
+        self.kernel = normal(rngs, (d_in, d_out), std)
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """x @ kernel in the type of x."""
+        return linear(x, self.kernel.get_value())
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalization with a gain, computed in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """x over its root mean square, times the gain, in the type of x."""
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * self.scale.get_value()).astype(x.dtype)
+
+
+def swiglu(gate_up: Float[Array, "*batch two_ff"]) -> Float[Array, "*batch ff"]:
+    """silu(gate) * up, of the two halves of the last axis, computed in float32."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate_up.dtype)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU feed-forward with the gate and up projections fused, gate first."""
+
+    def __init__(self, d_model: int, d_ff: int, std: float, rngs: nnx.Rngs):
+        self.gate_up = Linear(d_model, 2 * d_ff, std, rngs)
+        self.down = Linear(d_ff, d_model, std, rngs)
+
+    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        """down(silu(gate(x)) * up(x))."""
+        return self.down(swiglu(checkpoint_name(self.gate_up(x), "ffn")))

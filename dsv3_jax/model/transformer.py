@@ -1,0 +1,274 @@
+"""The DeepSeek-V3 transformer: dense and MoE layers, stacked and scanned, and its MTP modules (report 2)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import MLA, LatentCache, Rotations
+from dsv3_jax.model.layers import FeedForward, Linear, RMSNorm, normal
+from dsv3_jax.model.moe import Exchange, LocalExchange, MoE, MoEStats
+from dsv3_jax.model.rope import rotations
+from dsv3_jax.ops.linear import embedding_lookup
+
+RouterBias = dict[str, Float[Array, "layers experts"]]
+Recompute = Literal["none", "report", "layer"]
+
+# What the report's recomputation keeps (3.2.3): outputs of the down-projections, of attention, of gate and up, the rows
+# that came over the network, and the routing, which must not be decided twice. All else is computed again.
+_KEPT = ("latent", "attention", "residual", "ffn", "dispatched", "routing")
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-normalized MLA and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, is_moe: bool, rngs: nnx.Rngs):
+        self.is_moe = is_moe
+        self.attention_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.attention = MLA(config, rngs)
+        self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ffn = MoE(config, rngs) if is_moe else FeedForward(config.d_model, config.d_ff, config.init_std, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        rotations: Rotations,
+        bias: Float[Array, " experts"] | None,
+        exchange: Exchange,
+        counted: Bool[Array, " seq"] | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], MoEStats | None]:
+        """The layer over whole sequences; a dense layer has no statistics."""
+        x = checkpoint_name(x + self.attention(self.attention_norm(x), rotations), "residual")
+        return self.feed_forward(x, bias, exchange, counted)
+
+    def feed_forward(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        bias: Float[Array, " experts"] | None,
+        exchange: Exchange,
+        counted: Bool[Array, " seq"] | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], MoEStats | None]:
+        """The second half of the layer."""
+        normed = self.ffn_norm(x)
+        if not self.is_moe:
+            return x + self.ffn(normed), None
+        y, stats = self.ffn(normed, bias, exchange, counted)
+        return x + y, stats
+
+    def decode(
+        self,
+        x: Float[Array, "batch new d_model"],
+        rotations: Rotations,
+        cache: LatentCache,
+        start: Int[Array, ""],
+        bias: Float[Array, " experts"] | None,
+        exchange: Exchange,
+    ) -> tuple[Float[Array, "batch new d_model"], LatentCache]:
+        """New tokens at positions start.. against the cache."""
+        attended, cache = self.attention.decode(self.attention_norm(x), rotations, cache, start)
+        return self.feed_forward(x + attended, bias, exchange)[0], cache
+
+
+class MTPModule(nnx.Module):
+    """One depth of multi-token prediction (report 2.2). Embedding and head are the main model's."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.embed_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.projection = Linear(2 * config.d_model, config.d_model, config.init_std, rngs)
+        self.block = DecoderLayer(config, True, rngs)
+        self.final_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch seq d_model"],
+        embedded: Float[Array, "batch seq d_model"],
+        rotations: Rotations,
+        bias: Float[Array, " experts"],
+        exchange: Exchange,
+        counted: Bool[Array, " seq"],
+    ) -> tuple[Float[Array, "batch seq d_model"], MoEStats]:
+        """Normed output of this depth, from that of the depth before and the embedding of the token ahead.
+
+        The embedding half comes first, as in the released weights.
+        """
+        joined = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
+        x, stats = self.block(self.projection(joined), rotations, bias, exchange, counted)
+        return self.final_norm(x), stats
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrunkOutput:
+    """The main model without its head. Layers of one kind are stacked in front."""
+
+    hidden: Float[Array, "batch seq d_model"]
+    embedded: Float[Array, "batch seq d_model"]
+    layers: tuple[Float[Array, "layers batch seq d_model"], ...]
+    stats: MoEStats | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MTPOutput:
+    """Normed output of every MTP depth, stacked; row i of depth k predicts the token at i + k + 2."""
+
+    hidden: Float[Array, "depths batch seq d_model"]
+    stats: MoEStats
+
+
+class Transformer(nnx.Module):
+    """DeepSeek-V3. Declares the parameters; every method is a pure function of them and its arguments."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config, rngs)
+        if config.num_dense_layers:
+            self.dense_layers = _stack(lambda r: DecoderLayer(config, False, r), config.num_dense_layers, rngs)
+        if config.num_moe_layers:
+            self.moe_layers = _stack(lambda r: DecoderLayer(config, True, r), config.num_moe_layers, rngs)
+        self.final_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.head = Linear(config.d_model, config.vocab_size, config.init_std, rngs)
+        if config.num_mtp_modules:
+            self.mtp = _stack(lambda r: MTPModule(config, r), config.num_mtp_modules, rngs)
+
+    def trunk(
+        self,
+        tokens: Int[Array, "batch seq"],
+        router_bias: RouterBias,
+        exchange: Exchange | None = None,
+        recompute: Recompute = "none",
+    ) -> TrunkOutput:
+        """Embedding, all layers and the final norm."""
+        exchange = exchange or LocalExchange()
+        embedded = self.embed(tokens)
+        turns = rotations(self.config, jnp.arange(tokens.shape[1]))
+        x, layers, stats = embedded, [], None
+        if self.config.num_dense_layers:
+            x, (outputs, _) = _scan(self.dense_layers, x, None, turns, exchange, recompute)
+            layers.append(outputs)
+        if self.config.num_moe_layers:
+            bias = router_bias["moe_layers"]
+            x, (outputs, stats) = _scan(self.moe_layers, x, bias, turns, exchange, recompute)
+            layers.append(outputs)
+        return TrunkOutput(self.final_norm(x), embedded, tuple(layers), stats)
+
+    def predict_ahead(
+        self,
+        trunk: TrunkOutput,
+        router_bias: RouterBias,
+        exchange: Exchange | None = None,
+        recompute: Recompute = "none",
+    ) -> MTPOutput:
+        """All MTP depths. Depth k reads the embedding of the token k + 1 ahead; its last k + 1 rows have none, hold
+        nothing of use, and count in no statistics."""
+        exchange = exchange or LocalExchange()
+        seq = trunk.hidden.shape[1]
+        turns = rotations(self.config, jnp.arange(seq))
+        graphdef, stacked = _split(self.mtp)
+
+        def depth(hidden: Array, inputs: tuple[Any, Array, Array]) -> tuple[Array, tuple[Array, MoEStats]]:
+            params, bias, ahead = inputs
+            embedded = jnp.roll(trunk.embedded, -ahead, axis=1)
+            counted = jnp.arange(seq) < seq - ahead
+            hidden, stats = nnx.merge(graphdef, params)(hidden, embedded, turns, bias, exchange, counted)
+            return hidden, (hidden, stats)
+
+        ahead = jnp.arange(1, self.config.num_mtp_modules + 1)
+        inputs = (stacked, router_bias["mtp"], ahead)
+        return MTPOutput(*jax.lax.scan(_recomputed(depth, recompute), trunk.hidden, inputs)[1])
+
+    def decode(
+        self,
+        tokens: Int[Array, "batch new"],
+        caches: dict[str, LatentCache],
+        start: Int[Array, ""],
+        router_bias: RouterBias,
+        exchange: Exchange | None = None,
+    ) -> tuple[Float[Array, "batch new d_model"], dict[str, LatentCache]]:
+        """Final-normed output of new tokens at positions start.., and the caches they were written into."""
+        exchange = exchange or LocalExchange()
+        x = self.embed(tokens)
+        turns = rotations(self.config, start + jnp.arange(tokens.shape[1]))
+        written = {}
+        for kind in caches:
+            graphdef, stacked = _split(getattr(self, kind))
+
+            def layer(x: Array, inputs: tuple, graphdef: nnx.GraphDef = graphdef) -> tuple[Array, LatentCache]:
+                params, bias, cache = inputs
+                return nnx.merge(graphdef, params).decode(x, turns, cache, start, bias, exchange)
+
+            x, written[kind] = jax.lax.scan(layer, x, (stacked, router_bias.get(kind), caches[kind]))
+        return self.final_norm(x), written
+
+    def empty_caches(self, batch: int, length: int, dtype: Any) -> dict[str, LatentCache]:
+        """Caches for `length` tokens: 576 numbers a token and layer in the 671B model."""
+        config = self.config
+        layers = {"dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
+        return {
+            kind: LatentCache(
+                jnp.zeros((count, batch, length, config.kv_lora_rank), dtype),
+                jnp.zeros((count, batch, length, config.qk_rope_head_dim), dtype),
+            )
+            for kind, count in layers.items()
+            if count
+        }
+
+
+class Embedding(nnx.Module):
+    """Token embedding."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.embedding = normal(rngs, (config.vocab_size, config.d_model), config.init_std)
+
+    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
+        """The rows of the tokens."""
+        return embedding_lookup(tokens, self.embedding.get_value())
+
+
+def initial_router_bias(config: ModelConfig) -> RouterBias:
+    """Zeros for every MoE layer, those of the MTP modules included."""
+    layers = {"moe_layers": config.num_moe_layers, "mtp": config.num_mtp_modules}
+    return {kind: jnp.zeros((count, config.num_experts), jnp.float32) for kind, count in layers.items() if count}
+
+
+def _stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules as one, whose parameters carry a leading axis."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+def _split(stacked: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    graphdef, state = nnx.split(stacked)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def _recomputed(body: Callable, recompute: Recompute) -> Callable:
+    if recompute == "none":
+        return body
+    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT) if recompute == "report" else None
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _scan(
+    stacked: nnx.Module,
+    x: Float[Array, "batch seq d_model"],
+    bias: Float[Array, "layers experts"] | None,
+    turns: Rotations,
+    exchange: Exchange,
+    recompute: Recompute,
+) -> tuple[Array, tuple[Array, MoEStats | None]]:
+    """Run stacked layers one after the other; returns the last output and, stacked, every output and statistics."""
+    graphdef, params = _split(stacked)
+
+    def layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, tuple[Array, MoEStats | None]]:
+        layer_params, layer_bias = inputs
+        x, stats = nnx.merge(graphdef, layer_params)(x, turns, layer_bias, exchange)
+        return x, (x, stats)
+
+    return jax.lax.scan(_recomputed(layer, recompute), x, (params, bias))
