@@ -118,9 +118,7 @@ class Router(nnx.Module):
         return Routing(scores, experts, weights * config.routed_scaling_factor)
 
 
-def select_experts(
-    choice: Float[Array, "*batch experts"], config: ModelConfig
-) -> Int[Array, "*batch top_k"]:
+def select_experts(choice: Float[Array, "*batch experts"], config: ModelConfig) -> Int[Array, "*batch top_k"]:
     """The top_k experts of the top_k_groups groups whose two best experts sum highest; ties go to the lower index."""
     if config.top_k_groups < config.num_groups:
         groups = choice.reshape(*choice.shape[:-1], config.num_groups, -1)

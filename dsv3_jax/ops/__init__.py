@@ -1,1 +1,1 @@
-"""Operations: each folder has `reference.py`, which defines the numbers, and `api.py`, which picks an implementation."""
+"""Operations: in each folder `reference.py` defines the numbers and `api.py` picks an implementation."""

@@ -32,7 +32,7 @@ def chunked_cross_entropy(
 
     Only [chunk, vocab] logits exist at a time. The gradient of a `MixedWeight` head is float32.
     """
-    tokens, d_model = hidden.shape
+    tokens = hidden.shape[0]
     chunk = min(chunk, tokens)
     chunks = -(-tokens // chunk)
     pad = chunks * chunk - tokens

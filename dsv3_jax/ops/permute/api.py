@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 class Slots:
     """Where each (token, choice) stands among the rows, and the reverse.
 
-    `slot_of` is out of range (the number of rows) for a choice that has no slot, `token_of` (the number of tokens) for a
-    row that holds none.
+    `slot_of` is out of range (the number of rows) for a choice that has no slot, `token_of` (the number of tokens)
+    for a row that holds none.
     """
 
     slot_of: Int[Array, "tokens k"]

@@ -1,0 +1,1 @@
+"""Training: loss, schedules, optimizer, step, loop and what a run reports."""

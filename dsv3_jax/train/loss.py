@@ -1,0 +1,102 @@
+"""The training loss: next token, MTP and balance (report 2.1.2, 2.2)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.model.moe import Exchange
+from dsv3_jax.model.transformer import MTPOutput, Recompute, RouterBias, Transformer, TrunkOutput
+from dsv3_jax.ops.cross_entropy import chunked_cross_entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the losses beside the next-token one, at this point of the schedule."""
+
+    mtp: Float[Array, ""]
+    sequence_balance: Float[Array, ""]
+    batch_balance: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossReport:
+    """What one device saw of one microbatch: means over its share, sums for `load` and `overflow`.
+
+    Balance losses are summed over layers, those of the MTP modules included, and unweighted.
+    """
+
+    loss: Float[Array, ""]
+    mtp_loss: Float[Array, " depths"]
+    mtp_accuracy: Float[Array, " depths"]
+    sequence_balance: Float[Array, ""]
+    batch_balance: Float[Array, ""]
+    load: dict[str, Int[Array, "layers experts"]]
+    overflow: Int[Array, ""]
+
+
+def training_loss(
+    model: Transformer,
+    tokens: Int[Array, "batch seq"],
+    router_bias: RouterBias,
+    weights: LossWeights,
+    exchange: Exchange,
+    recompute: Recompute = "none",
+) -> tuple[Float[Array, ""], LossReport]:
+    """The scalar to differentiate, as this device's mean, and its parts. In nats a token.
+
+    Every sequence predicts its tokens from the second on; MTP depth k those from the (k + 3)rd on.
+    """
+    trunk = model.trunk(tokens, router_bias, exchange, recompute)
+    loss, _ = _next_token_loss(model, trunk.hidden, tokens, 1)
+    ahead = model.predict_ahead(trunk, router_bias, exchange, recompute) if model.config.num_mtp_modules else None
+    report = _report(model, loss, trunk, ahead, tokens)
+    total = (
+        loss
+        + weights.mtp * (report.mtp_loss.mean() if ahead is not None else 0)
+        + weights.sequence_balance * report.sequence_balance
+        + weights.batch_balance * report.batch_balance
+    )
+    return total, report
+
+
+def _next_token_loss(
+    model: Transformer, hidden: Float[Array, "batch seq d_model"], tokens: Int[Array, "batch seq"], distance: int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean loss, and accuracy, of predicting the token `distance` ahead, where the sequence has one."""
+    batch, seq = tokens.shape
+    labels = jnp.roll(tokens, -distance, axis=1)
+    has_label = jnp.broadcast_to(jnp.arange(seq) < seq - distance, tokens.shape).astype(jnp.float32)
+    sums = chunked_cross_entropy(
+        hidden.reshape(batch * seq, -1), model.head.kernel.get_value(), labels.reshape(-1), has_label.reshape(-1)
+    )
+    count = batch * (seq - distance)
+    return sums.loss / count, sums.correct / count
+
+
+def _report(
+    model: Transformer,
+    loss: Float[Array, ""],
+    trunk: TrunkOutput,
+    ahead: MTPOutput | None,
+    tokens: Int[Array, "batch seq"],
+) -> LossReport:
+    stats = {"moe_layers": trunk.stats, "mtp": ahead.stats if ahead is not None else None}
+    stats = {kind: value for kind, value in stats.items() if value is not None}
+    depths = [_next_token_loss(model, hidden, tokens, k + 2) for k, hidden in enumerate(_depths(ahead))]
+    return LossReport(
+        loss=loss,
+        mtp_loss=jnp.array([loss for loss, _ in depths]),
+        mtp_accuracy=jnp.array([accuracy for _, accuracy in depths]),
+        sequence_balance=sum(s.sequence_balance.sum() for s in stats.values()),
+        batch_balance=sum(s.batch_balance.sum() for s in stats.values()),
+        load={kind: s.load for kind, s in stats.items()},
+        overflow=sum(s.overflow.sum() for s in stats.values()),
+    )
+
+
+def _depths(ahead: MTPOutput | None) -> list[Float[Array, "batch seq d_model"]]:
+    return [] if ahead is None else [ahead.hidden[k] for k in range(ahead.hidden.shape[0])]
