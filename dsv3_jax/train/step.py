@@ -1,0 +1,186 @@
+"""One optimizer step as a single shard_map over the whole mesh: what one device does, collectives included."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import Config
+from dsv3_jax.model.moe import Exchange, LocalExchange
+from dsv3_jax.model.transformer import RouterBias
+from dsv3_jax.ops.weights import Params, attach_slots, cast_weights, gradient_slots
+from dsv3_jax.parallel.expert import FlatExchange
+from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT_AXES, vary_over
+from dsv3_jax.parallel.sharding import param_shardings
+from dsv3_jax.train.loss import LossReport, LossWeights, training_loss
+from dsv3_jax.train.optimizer import adamw_update
+from dsv3_jax.train.state import TrainState, model_structure, state_specs
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Knobs:
+    """What the schedules say for this step."""
+
+    learning_rate: Float[Array, ""]
+    bias_update_speed: Float[Array, ""]
+    loss: LossWeights
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepReport:
+    """Means over the global batch; loads and overflow are its sums. `applied` is False where the state is unchanged."""
+
+    losses: LossReport
+    grad_norm: Float[Array, ""]
+    applied: Bool[Array, ""]
+
+
+Step = Callable[[TrainState, Int[Array, "microbatches batch seq"], Knobs], tuple[TrainState, StepReport]]
+
+
+def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None) -> Step:
+    """The compiled step: (state, tokens, knobs) -> (state, report). The state passed in is consumed.
+
+    Tokens are [microbatches, sequences, seq], the sequences split over the mesh. A step whose loss or gradient is not
+    finite, or whose expert exchange overflowed its buffer, returns the state as it was.
+    """
+    specs = state_specs(config, mesh)
+    tokens_spec = PartitionSpec(None, BATCH_AXES)
+    step = jax.shard_map(
+        partial(_device_step, config, mesh, buffer_factor or config.parallel.expert_buffer_factor),
+        mesh=mesh,
+        in_specs=(specs, tokens_spec, PartitionSpec()),
+        out_specs=(specs, PartitionSpec()),
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_evaluation(config: Config, mesh: Mesh) -> Callable[[Params, RouterBias, Int[Array, "batch seq"]], Array]:
+    """The mean next-token loss of sequences split over the mesh, in nats: (params, router_bias, tokens) -> loss."""
+    specs = state_specs(config, mesh)
+    evaluate = jax.shard_map(
+        partial(_device_evaluation, config, mesh),
+        mesh=mesh,
+        in_specs=(specs.params, specs.router_bias, PartitionSpec(BATCH_AXES)),
+        out_specs=PartitionSpec(),
+    )
+    return jax.jit(evaluate)
+
+
+def exchange_for(mesh: Mesh, buffer_factor: float) -> Exchange:
+    """The expert exchange of a mesh; nothing is exchanged where every device has all experts."""
+    if mesh.size == 1:
+        return LocalExchange()
+    return FlatExchange(EXPERT_AXES, BATCH_AXES, buffer_factor)
+
+
+def _device_step(
+    config: Config,
+    mesh: Mesh,
+    buffer_factor: float,
+    state: TrainState,
+    tokens: Int[Array, "microbatches batch seq"],
+    knobs: Knobs,
+) -> tuple[TrainState, StepReport]:
+    graphdef, shapes = model_structure(config.model)
+    shardings = param_shardings(shapes, mesh)
+    compute = _compute_weights(config, shardings, state.params)
+    router_bias = jax.tree.map(lambda b: vary_over(b, BATCH_AXES), state.router_bias)
+    loss_weights = jax.tree.map(lambda w: vary_over(w, BATCH_AXES), knobs.loss)
+    exchange = exchange_for(mesh, buffer_factor)
+
+    def loss(slots: Params, rows: Int[Array, "batch seq"]) -> tuple[Array, LossReport]:
+        model = nnx.merge(graphdef, attach_slots(compute, slots))
+        return training_loss(model, rows, router_bias, loss_weights, exchange, config.recompute)
+
+    gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute)), tokens)
+    report = _over_mesh(report)
+    scale = 1.0 / (mesh.size * tokens.shape[0])
+    gradients = jax.tree.map(lambda g, s: s.reduce(g) * scale, gradients, shardings)
+    squares = jax.tree.map(lambda g, s: s.total(jnp.sum(g * g)), gradients, shardings)
+    grad_norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
+    applied = jnp.isfinite(report.loss) & jnp.isfinite(grad_norm) & (report.overflow == 0)
+    clip = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-6))
+    gradients = jax.tree.map(lambda g: g * clip, gradients)
+    params, moments = adamw_update(config.optimizer, state.params, gradients, state.moments, knobs.learning_rate)
+    bias = update_router_bias(state.router_bias, report.load, knobs.bias_update_speed)
+    new = TrainState(params, moments, bias)
+    new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
+    return new, StepReport(report, grad_norm, applied)
+
+
+def update_router_bias(
+    bias: RouterBias, load: dict[str, Int[Array, "layers experts"]], speed: Float[Array, ""]
+) -> RouterBias:
+    """b + speed * sign(mean load - load), from the load of the global batch (report 2.1.2)."""
+
+    def update(b: Array, count: Array) -> Array:
+        # Integers, so that the sign is exact: mean > load is the same as total > load * experts.
+        return b + speed * jnp.sign(count.sum(axis=-1, keepdims=True) - count * count.shape[-1]).astype(jnp.float32)
+
+    return {kind: update(b, load[kind]) for kind, b in bias.items()}
+
+
+def _compute_weights(config: Config, shardings: dict[str, Any], params: Params) -> Params:
+    """Cast first, then gather: the network moves the narrow type."""
+    cast = cast_weights(params, config.precision)
+    return jax.tree.map(lambda shard, s: s.gather(shard), cast, shardings)
+
+
+def _vary_all(tree: Any) -> Any:
+    return jax.tree.map(lambda x: vary_over(x, BATCH_AXES), tree)
+
+
+def _accumulate(
+    loss: Callable, slots: Params, tokens: Int[Array, "microbatches batch seq"]
+) -> tuple[Params, LossReport]:
+    """Float32 gradients summed over microbatches, and the report: means, and sums of loads."""
+    gradient = jax.grad(loss, has_aux=True)
+    if tokens.shape[0] == 1:
+        return gradient(slots, tokens[0])
+
+    def microbatch(total: Any, rows: Int[Array, "batch seq"]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(slots, rows)), None
+
+    like = jax.eval_shape(gradient, slots, tokens[0])
+    zeros = _vary_all(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+    (gradients, report), _ = jax.lax.scan(microbatch, zeros, tokens)
+    return gradients, _map_means(lambda x: x / tokens.shape[0], report)
+
+
+def _over_mesh(report: LossReport) -> LossReport:
+    mean = _map_means(lambda x: jax.lax.pmean(x, BATCH_AXES), report)
+    total = jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), (report.load, report.overflow))
+    return LossReport(**{**_fields(mean), "load": total[0], "overflow": total[1]})
+
+
+def _map_means(f: Callable[[Array], Array], report: LossReport) -> LossReport:
+    """Apply f to the parts that are means, and not to those that are sums."""
+    sums = {"load", "overflow"}
+    return LossReport(**{name: x if name in sums else f(x) for name, x in _fields(report).items()})
+
+
+def _fields(report: LossReport) -> dict[str, Any]:
+    return {name: getattr(report, name) for name in LossReport.__dataclass_fields__}
+
+
+def _device_evaluation(
+    config: Config, mesh: Mesh, params: Params, router_bias: RouterBias, tokens: Int[Array, "batch seq"]
+) -> Float[Array, ""]:
+    graphdef, shapes = model_structure(config.model)
+    compute = _compute_weights(config, param_shardings(shapes, mesh), params)
+    # A device may receive any load here: evaluation has no second try.
+    exchange = exchange_for(mesh, buffer_factor=float(mesh.size * config.model.num_experts))
+    zero = jnp.zeros((), jnp.float32)
+    weights = _vary_all(LossWeights(zero, zero, zero))
+    model = nnx.merge(graphdef, compute)
+    report = training_loss(model, tokens, _vary_all(router_bias), weights, exchange)[1]
+    return jax.lax.pmean(report.loss, BATCH_AXES)
