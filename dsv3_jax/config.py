@@ -5,12 +5,21 @@ environment: what a function needs it is given, from here.
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
     """A setting is unknown or contradicts another; the message names it and says what to change."""
+
+
+def _require_choices(settings: Any, prefix: str = "") -> None:
+    """Refuse a value that its Literal type does not list."""
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal:
+            value, choices = getattr(settings, name), get_args(kind)
+            _require(value in choices, prefix + name, value, f"choose one of {', '.join(map(repr, choices))}")
 
 
 def _require(condition: bool, setting: str, value: object, remedy: str) -> None:
@@ -160,7 +169,8 @@ class ModelConfig:
             self.num_groups,
             "a group's score is the sum of its two best experts, so a group needs at least 2: use fewer groups",
         )
-        _require(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
+        for name in ("init_std", "rope_theta", "rms_norm_eps", "routed_scaling_factor"):
+            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
 
     @property
     def qk_head_dim(self) -> int:
@@ -186,7 +196,7 @@ class DataConfig:
     """`stdlib` (the Python standard library's own source), a folder of .txt/.md/.py, or a .jsonl, .parquet or
     .arrayrecord file, or a folder of such files."""
     text_field: str = "text"
-    """Field that holds the text in .jsonl and .parquet."""
+    """Field that holds the text in .jsonl, .parquet and .arrayrecord records of JSON."""
     tokenizer: str | None = None
     """A tokenizer.json to load; None trains a byte-level BPE on the source and caches it by content."""
     cache_dir: str = "~/.cache/dsv3_jax"
@@ -199,6 +209,7 @@ class DataConfig:
     """Share of documents held out, chosen by a hash of their content."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.source), "data.source", self.source, "name a folder, a file, or 'stdlib'")
         for name in ("fim_rate", "split_rate"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"data.{name}", value, "must lie between 0 and 1")
@@ -244,9 +255,13 @@ class OptimizerConfig:
     """Decay per step of the average of the weights kept in host memory; None keeps none."""
 
     def __post_init__(self) -> None:
+        _require_choices(self, "optimizer.")
+        for name in ("warmup_tokens", "decayed_lr", "final_lr", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "cannot be negative")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
         _require(self.peak_lr > 0, "optimizer.peak_lr", self.peak_lr, "must be positive")
         order = ["warmup_tokens", "decay_start_tokens", "decay_end_tokens", "final_start_tokens"]
-        for before, after in zip(order, order[1:], strict=False):
+        for before, after in itertools.pairwise(order):
             _require(
                 getattr(self, before) <= getattr(self, after),
                 f"optimizer.{before}",
@@ -329,11 +344,31 @@ class BatchConfig:
                 value,
                 f"must be a multiple of batch.microbatch={self.microbatch}",
             )
+        _require(
+            (self.start_sequences is None) == (self.ramp_tokens == 0) and self.ramp_tokens >= 0,
+            "batch.ramp_tokens",
+            self.ramp_tokens,
+            "a growing batch needs batch.start_sequences and a positive batch.ramp_tokens, a constant one neither",
+        )
 
     @property
     def rows_per_microbatch(self) -> int:
         """Sequences of one forward and backward pass, over the whole mesh."""
         return self.microbatch or self.sequences
+
+    def sequences_at(self, tokens: int) -> int:
+        """Sequences of the step that starts after `tokens` tokens: linear over the ramp, in whole microbatches."""
+        if self.start_sequences is None or tokens >= self.ramp_tokens:
+            return self.sequences
+        grown = (self.sequences - self.start_sequences) * tokens / self.ramp_tokens
+        return self.start_sequences + int(grown // self.rows_per_microbatch) * self.rows_per_microbatch
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens that the first `steps` optimizer steps take."""
+        tokens = taken = 0
+        while taken < steps and (sequences := self.sequences_at(tokens)) < self.sequences:
+            tokens, taken = tokens + sequences * self.seq_len, taken + 1
+        return tokens + (steps - taken) * self.sequences * self.seq_len
 
 
 @dataclass(frozen=True)
@@ -347,7 +382,7 @@ class ParallelConfig:
     gpu: int | None = None
     """GPUs of a node that share its experts: the fast link. None takes all the devices that `data` and `node` leave."""
     devices: int | None = None
-    """Devices to use; on CPU they are emulated. None takes all there are."""
+    """Devices to use; on CPU they are emulated by the command line. None takes all there are."""
     expert_buffer_factor: float = 2.0
     """Rows a device can receive in the expert exchange, over a balanced load. A step that needs more is run again with
     a larger buffer."""
@@ -407,6 +442,10 @@ class LogConfig:
     validation_rows: int = 64
     """Held-out sequences that the final validation loss is measured on."""
 
+    def __post_init__(self) -> None:
+        _require(self.sample_tokens >= 0, "log.sample_tokens", self.sample_tokens, "cannot be negative")
+        _require(self.validation_rows > 0, "log.validation_rows", self.validation_rows, "must be positive")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -439,6 +478,7 @@ class Config:
     """Stop after this many steps in a row with a non-finite loss or gradient."""
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require(self.steps > 0, "steps", self.steps, "must be positive")
         _require(self.max_bad_steps > 0, "max_bad_steps", self.max_bad_steps, "must be positive")
         _require(
@@ -456,5 +496,24 @@ class Config:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the run if the batch did not grow."""
-        return self.steps * self.batch.sequences * self.batch.seq_len
+        """Tokens of the whole run, its growing batch taken into account."""
+        return self.batch.tokens_after(self.steps)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The settings as plain values that JSON can hold."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
+    """The settings that `to_dict` made the values of. Raises ConfigError for a name that is not a setting."""
+    types = get_type_hints(kind)
+    unknown = sorted(values.keys() - types.keys())
+    if unknown:
+        raise ConfigError(f"{unknown[0]}={values[unknown[0]]!r}: is not a setting of {kind.__name__}; remove it")
+
+    def build(name: str, value: Any) -> Any:
+        nested = [t for t in (types[name], *get_args(types[name])) if dataclasses.is_dataclass(t)]
+        return from_dict(value, nested[0]) if nested and isinstance(value, dict) else value
+
+    return kind(**{name: build(name, value) for name, value in values.items()})

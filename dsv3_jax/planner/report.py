@@ -10,7 +10,6 @@ from dsv3_jax.config import Config, ParallelConfig
 from dsv3_jax.planner.flops import training_flops_per_token, training_flops_per_token_with_mtp
 from dsv3_jax.planner.memory import TrainingMemory, kv_cache_bytes_per_token, training_memory
 from dsv3_jax.planner.parameters import ParameterCount, count_parameters
-from dsv3_jax.planner.tokens import tokens_after
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def plan(config: Config) -> Plan:
         flops_per_token=training_flops_per_token(model, seq_len),
         flops_per_token_with_mtp=training_flops_per_token_with_mtp(model, seq_len),
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
-        tokens=tokens_after(config.batch, config.steps),
+        tokens=config.total_tokens,
         mesh=mesh,
         memory=None if mesh is None else training_memory(config, mesh),
     )

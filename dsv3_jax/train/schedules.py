@@ -2,7 +2,7 @@
 
 import math
 
-from dsv3_jax.config import BatchConfig, LossConfig, OptimizerConfig
+from dsv3_jax.config import LossConfig, OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, tokens: int) -> float:
@@ -25,11 +25,3 @@ def mtp_weight(config: LossConfig, tokens: int) -> float:
 def bias_update_speed(config: LossConfig, tokens: int) -> float:
     """Gamma of the router bias."""
     return config.bias_update_speed if tokens < config.bias_freeze_tokens else 0.0
-
-
-def batch_sequences(config: BatchConfig, tokens: int) -> int:
-    """Sequences of the next batch: a linear ramp, in whole microbatches."""
-    if config.start_sequences is None or tokens >= config.ramp_tokens:
-        return config.sequences
-    grown = config.start_sequences + (config.sequences - config.start_sequences) * tokens / config.ramp_tokens
-    return int(grown) // config.rows_per_microbatch * config.rows_per_microbatch

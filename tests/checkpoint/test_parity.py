@@ -1,6 +1,6 @@
 """The model computes what an independent implementation (PyTorch, float32, CPU) computes on the same weights.
 
-Tolerances are float32's: logits and hidden states are of order 1 to 10, summed over a few hundred terms in another order.
+Tolerances are float32's: logits and hidden states are of order 1 to 10, sums of a few hundred terms in another order.
 """
 
 from pathlib import Path

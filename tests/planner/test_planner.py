@@ -16,7 +16,6 @@ from dsv3_jax.planner.flops import training_flops_per_token, training_flops_per_
 from dsv3_jax.planner.memory import kv_cache_bytes_per_token, training_memory
 from dsv3_jax.planner.parameters import count_parameters
 from dsv3_jax.planner.report import plan, print_plan
-from dsv3_jax.planner.tokens import sequences_at, tokens_after
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -109,16 +108,16 @@ def test_671b_caches_70272_bytes_a_token(v3: Config) -> None:
 
 
 def test_671b_run_takes_the_published_tokens_and_warms_up_for_2000_steps(v3: Config) -> None:
-    assert tokens_after(v3.batch, v3.steps) == pytest.approx(14.8e12, rel=1e-5)
-    assert tokens_after(v3.batch, 2000) == pytest.approx(v3.optimizer.warmup_tokens, rel=1e-3)
-    assert (sequences_at(v3.batch, 0), sequences_at(v3.batch, int(469e9))) == (3072, 15360)
+    assert v3.batch.tokens_after(v3.steps) == pytest.approx(14.8e12, rel=1e-5)
+    assert v3.batch.tokens_after(2000) == pytest.approx(v3.optimizer.warmup_tokens, rel=1e-3)
+    assert (v3.batch.sequences_at(0), v3.batch.sequences_at(int(469e9))) == (3072, 15360)
 
 
 def test_16b_and_small_have_the_sizes_they_are_named_for() -> None:
     moe_16b, small = load("moe_16b"), load("small")
     count = count_parameters(moe_16b.model)
     assert (round(count.main / 1e9, 1), int(count.active / 1e8)) == (15.7, 24)  # 2.45B: the report says 2.4B
-    assert tokens_after(moe_16b.batch, moe_16b.steps) == pytest.approx(1.33e12, rel=1e-5)
+    assert moe_16b.batch.tokens_after(moe_16b.steps) == pytest.approx(1.33e12, rel=1e-5)
     assert count_parameters(small.model).total == pytest.approx(100e6, rel=0.1)
 
 
@@ -235,12 +234,12 @@ def test_growing_batch_never_shrinks_stays_whole_and_counts_every_step(
     )
     tokens, taken = 0, []
     for _ in range(steps):
-        taken.append(sequences_at(batch, tokens))
+        taken.append(batch.sequences_at(tokens))
         tokens += taken[-1] * batch.seq_len
-    assert tokens_after(batch, steps) == tokens
+    assert batch.tokens_after(steps) == tokens
     assert taken == sorted(taken)
     assert all(n % micro == 0 and batch.start_sequences <= n <= batch.sequences for n in taken)
-    assert sequences_at(batch, ramp) == batch.sequences
+    assert batch.sequences_at(ramp) == batch.sequences
 
 
 def test_state_is_split_over_all_devices_and_experts_over_their_group(v3: Config) -> None:
