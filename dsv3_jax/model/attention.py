@@ -11,6 +11,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import rotate, softmax_scale
 from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.ops.products import einsum_f32
 
 Rotations = tuple[Array, Array]
 
@@ -89,8 +90,8 @@ class MLA(nnx.Module):
         up = kernel.reshape(config.kv_lora_rank, config.num_heads, -1)
         k_up, v_up = jnp.split(up, [config.qk_nope_head_dim], axis=-1)
         q_latent = jnp.einsum("bqhd,chd->bqhc", q_nope, k_up)
-        scores = jnp.einsum("bqhc,bkc->bhqk", q_latent, cache.latent, preferred_element_type=jnp.float32)
-        scores += jnp.einsum("bqhr,bkr->bhqk", q_rope, cache.k_rope, preferred_element_type=jnp.float32)
+        scores = einsum_f32("bqhc,bkc->bhqk", q_latent, cache.latent)
+        scores += einsum_f32("bqhr,bkr->bhqk", q_rope, cache.k_rope)
         hidden = jnp.arange(cache.latent.shape[1]) > start + jnp.arange(x.shape[1])[:, None]
         probs = nnx.softmax(jnp.where(hidden, -jnp.inf, scores * softmax_scale(config)), axis=-1)
         mixed = jnp.einsum("bhqk,bkc->bqhc", probs.astype(x.dtype), cache.latent)

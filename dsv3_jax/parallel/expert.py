@@ -12,9 +12,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.model.moe import ExpertsFn, apply_sorted
+from dsv3_jax.model.moe import ExpertsFn, LocalExchange, apply_sorted
 from dsv3_jax.ops.permute import assign_slots, permute, permute_choices, unpermute
 from dsv3_jax.parallel.row_exchange import RowPlan, exchange_rows
+
+
+@dataclass(frozen=True)
+class ReplicatedExperts(LocalExchange):
+    """Every device holds all experts: no token travels, and only statistics are shared."""
+
+    batch_axes: tuple[str, ...]
+
+    def total(self, x: Array) -> Array:
+        """Sum over all devices that share the batch."""
+        return jax.lax.psum(x, self.batch_axes)
 
 
 @dataclass(frozen=True)

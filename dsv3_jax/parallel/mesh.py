@@ -7,10 +7,19 @@ from jaxtyping import Array
 
 from dsv3_jax.config import Config, ConfigError
 
-BATCH_AXES = ("data", "node", "gpu")
-"""Every device takes its share of the batch."""
-EXPERT_AXES = ("node", "gpu")
-"""One expert-parallel group; `node` is the slow link."""
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Axes the batch is split over. An axis of one device is left out everywhere: it needs no collective."""
+    return _active(mesh, ("data", "node", "gpu"))
+
+
+def expert_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Axes of one expert-parallel group; `node` is the slow link."""
+    return _active(mesh, ("node", "gpu"))
+
+
+def _active(mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def make_mesh(config: Config) -> Mesh:

@@ -4,6 +4,7 @@ Compute weights: routed experts are split over `node` x `gpu` along their expert
 ZeRO-1: master weights and moments are further split over the axes a parameter is replicated on (report 3.2).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from dsv3_jax.ops.weights import Params
-from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT_AXES, vary_over
+from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Sharding:
     """Where one parameter lives."""
 
     expert_dim: int | None
-    """Dimension split over the expert axes; None for a parameter that every device computes with."""
+    """Dimension split over `expert_axes`; None for a parameter that every device computes with."""
+    expert_axes: tuple[str, ...]
+    """Axes over which compute weights differ."""
     zero_dim: int | None
     """Dimension of master weight and moments that is split over `zero_axes`; None where none divides."""
     zero_axes: tuple[str, ...]
@@ -34,7 +37,7 @@ class Sharding:
         """Of master weight and moments."""
         dims: list[Any] = [None] * self.ndim
         if self.expert_dim is not None:
-            dims[self.expert_dim] = EXPERT_AXES
+            dims[self.expert_dim] = self.expert_axes
         if self.zero_dim is not None:
             dims[self.zero_dim] = self.zero_axes
         return PartitionSpec(*dims)
@@ -42,13 +45,13 @@ class Sharding:
     @property
     def sharded_axes(self) -> tuple[str, ...]:
         """Axes over which master weight and moments differ."""
-        return self.zero_axes + (EXPERT_AXES if self.expert_dim is not None else ())
+        return self.zero_axes + self.expert_axes
 
     def gather(self, shard: Array) -> Array:
         """The whole compute weight, or this device's experts, from the shards of all replicas."""
         if self.zero_dim is not None:
             shard = jax.lax.all_gather(shard, self.zero_axes, axis=self.zero_dim, tiled=True)
-        return vary_over(shard, BATCH_AXES)
+        return vary_over(shard, self.expert_axes + self.replica_axes)
 
     def reduce(self, gradient: Array) -> Array:
         """Sum of the replicas' gradients, as this device's shard."""
@@ -69,19 +72,18 @@ def param_shardings(shapes: Params, mesh: Mesh) -> dict[str, Any]:
 
     def rule(path: tuple[Any, ...], leaf: Any) -> Sharding:
         is_expert = any(entry.key == "experts" for entry in path)
-        return _sharding(leaf.shape, len(leaf.shape) - 3 if is_expert else None, dict(mesh.shape))
+        return _sharding(leaf.shape, len(leaf.shape) - 3 if is_expert else None, mesh)
 
     return jax.tree_util.tree_map_with_path(rule, shapes)
 
 
-def _sharding(shape: tuple[int, ...], expert_dim: int | None, axes: dict[str, int]) -> Sharding:
-    replicas = BATCH_AXES if expert_dim is None else tuple(a for a in BATCH_AXES if a not in EXPERT_AXES)
+def _sharding(shape: tuple[int, ...], expert_dim: int | None, mesh: Mesh) -> Sharding:
+    experts = () if expert_dim is None else expert_axes(mesh)
+    replicas = tuple(axis for axis in batch_axes(mesh) if axis not in experts)
     for skipped in range(len(replicas)):
         candidates = replicas[skipped:]
-        count = 1
-        for axis in candidates:
-            count *= axes[axis]
+        count = math.prod(mesh.shape[axis] for axis in candidates)
         for dim, size in enumerate(shape):
             if dim != expert_dim and size % count == 0:
-                return Sharding(expert_dim, dim, candidates, replicas, len(shape))
-    return Sharding(expert_dim, None, (), replicas, len(shape))
+                return Sharding(expert_dim, experts, dim, candidates, replicas, len(shape))
+    return Sharding(expert_dim, experts, None, (), replicas, len(shape))

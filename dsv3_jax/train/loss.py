@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model.moe import Exchange
 from dsv3_jax.model.transformer import MTPOutput, Recompute, RouterBias, Transformer, TrunkOutput
-from dsv3_jax.ops.cross_entropy import chunked_cross_entropy
+from dsv3_jax.ops.cross_entropy import CrossEntropy, chunked_cross_entropy
 
 
 @jax.tree_util.register_dataclass
@@ -63,18 +63,41 @@ def training_loss(
     return total, report
 
 
+def held_out_loss(
+    model: Transformer,
+    tokens: Int[Array, "batch seq"],
+    row_weights: Float[Array, " batch"],
+    router_bias: RouterBias,
+    exchange: Exchange,
+) -> Float[Array, ""]:
+    """Weighted sum over this device's rows of each row's mean next-token loss, in nats."""
+    hidden = model.trunk(tokens, router_bias, exchange).hidden
+    return _predict(model, hidden, tokens, 1, row_weights).loss / (tokens.shape[1] - 1)
+
+
 def _next_token_loss(
     model: Transformer, hidden: Float[Array, "batch seq d_model"], tokens: Int[Array, "batch seq"], distance: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean loss, and accuracy, of predicting the token `distance` ahead, where the sequence has one."""
+    sums = _predict(model, hidden, tokens, distance, jnp.ones(len(tokens), jnp.float32))
+    count = len(tokens) * (tokens.shape[1] - distance)
+    return sums.loss / count, sums.correct / count
+
+
+def _predict(
+    model: Transformer,
+    hidden: Float[Array, "batch seq d_model"],
+    tokens: Int[Array, "batch seq"],
+    distance: int,
+    row_weights: Float[Array, " batch"],
+) -> CrossEntropy:
+    """Sums over the rows of predicting the token `distance` ahead."""
     batch, seq = tokens.shape
     labels = jnp.roll(tokens, -distance, axis=1)
-    has_label = jnp.broadcast_to(jnp.arange(seq) < seq - distance, tokens.shape).astype(jnp.float32)
-    sums = chunked_cross_entropy(
-        hidden.reshape(batch * seq, -1), model.head.kernel.get_value(), labels.reshape(-1), has_label.reshape(-1)
+    weights = jnp.where(jnp.arange(seq) < seq - distance, row_weights[:, None], 0)
+    return chunked_cross_entropy(
+        hidden.reshape(batch * seq, -1), model.head.kernel.get_value(), labels.reshape(-1), weights.reshape(-1)
     )
-    count = batch * (seq - distance)
-    return sums.loss / count, sums.correct / count
 
 
 def _report(

@@ -15,10 +15,10 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.moe import Exchange, LocalExchange
 from dsv3_jax.model.transformer import RouterBias
 from dsv3_jax.ops.weights import Params, attach_slots, cast_weights, gradient_slots
-from dsv3_jax.parallel.expert import FlatExchange
-from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT_AXES, vary_over
+from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
+from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
 from dsv3_jax.parallel.sharding import param_shardings
-from dsv3_jax.train.loss import LossReport, LossWeights, training_loss
+from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_loss
 from dsv3_jax.train.optimizer import adamw_update
 from dsv3_jax.train.state import TrainState, model_structure, state_specs
 
@@ -53,7 +53,7 @@ def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None) ->
     finite, or whose expert exchange overflowed its buffer, returns the state as it was.
     """
     specs = state_specs(config, mesh)
-    tokens_spec = PartitionSpec(None, BATCH_AXES)
+    tokens_spec = PartitionSpec(None, batch_axes(mesh))
     step = jax.shard_map(
         partial(_device_step, config, mesh, buffer_factor or config.parallel.expert_buffer_factor),
         mesh=mesh,
@@ -63,13 +63,20 @@ def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None) ->
     return jax.jit(step, donate_argnums=0)
 
 
-def make_evaluation(config: Config, mesh: Mesh) -> Callable[[Params, RouterBias, Int[Array, "batch seq"]], Array]:
-    """The mean next-token loss of sequences split over the mesh, in nats: (params, router_bias, tokens) -> loss."""
+Evaluation = Callable[[Params, RouterBias, Int[Array, "batch seq"], Float[Array, " batch"]], Float[Array, ""]]
+
+
+def make_evaluation(config: Config, mesh: Mesh) -> Evaluation:
+    """Compiled (params, router_bias, tokens, row_weights) -> weighted sum of the rows' mean next-token losses, in nats.
+
+    Rows are split over the mesh.
+    """
     specs = state_specs(config, mesh)
+    rows = PartitionSpec(batch_axes(mesh))
     evaluate = jax.shard_map(
         partial(_device_evaluation, config, mesh),
         mesh=mesh,
-        in_specs=(specs.params, specs.router_bias, PartitionSpec(BATCH_AXES)),
+        in_specs=(specs.params, specs.router_bias, rows, rows),
         out_specs=PartitionSpec(),
     )
     return jax.jit(evaluate)
@@ -79,7 +86,9 @@ def exchange_for(mesh: Mesh, buffer_factor: float) -> Exchange:
     """The expert exchange of a mesh; nothing is exchanged where every device has all experts."""
     if mesh.size == 1:
         return LocalExchange()
-    return FlatExchange(EXPERT_AXES, BATCH_AXES, buffer_factor)
+    if not expert_axes(mesh):
+        return ReplicatedExperts(batch_axes(mesh))
+    return FlatExchange(expert_axes(mesh), batch_axes(mesh), buffer_factor)
 
 
 def _device_step(
@@ -93,16 +102,16 @@ def _device_step(
     graphdef, shapes = model_structure(config.model)
     shardings = param_shardings(shapes, mesh)
     compute = _compute_weights(config, shardings, state.params)
-    router_bias = jax.tree.map(lambda b: vary_over(b, BATCH_AXES), state.router_bias)
-    loss_weights = jax.tree.map(lambda w: vary_over(w, BATCH_AXES), knobs.loss)
+    axes = batch_axes(mesh)
+    router_bias, loss_weights = _vary_all((state.router_bias, knobs.loss), axes)
     exchange = exchange_for(mesh, buffer_factor)
 
     def loss(slots: Params, rows: Int[Array, "batch seq"]) -> tuple[Array, LossReport]:
         model = nnx.merge(graphdef, attach_slots(compute, slots))
         return training_loss(model, rows, router_bias, loss_weights, exchange, config.recompute)
 
-    gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute)), tokens)
-    report = _over_mesh(report)
+    gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes)
+    report = _over_mesh(report, axes)
     scale = 1.0 / (mesh.size * tokens.shape[0])
     gradients = jax.tree.map(lambda g, s: s.reduce(g) * scale, gradients, shardings)
     squares = jax.tree.map(lambda g, s: s.total(jnp.sum(g * g)), gradients, shardings)
@@ -135,12 +144,12 @@ def _compute_weights(config: Config, shardings: dict[str, Any], params: Params) 
     return jax.tree.map(lambda shard, s: s.gather(shard), cast, shardings)
 
 
-def _vary_all(tree: Any) -> Any:
-    return jax.tree.map(lambda x: vary_over(x, BATCH_AXES), tree)
+def _vary_all(tree: Any, axes: tuple[str, ...]) -> Any:
+    return jax.tree.map(lambda x: vary_over(x, axes), tree)
 
 
 def _accumulate(
-    loss: Callable, slots: Params, tokens: Int[Array, "microbatches batch seq"]
+    loss: Callable, slots: Params, tokens: Int[Array, "microbatches batch seq"], axes: tuple[str, ...]
 ) -> tuple[Params, LossReport]:
     """Float32 gradients summed over microbatches, and the report: means, and sums of loads."""
     gradient = jax.grad(loss, has_aux=True)
@@ -151,14 +160,16 @@ def _accumulate(
         return jax.tree.map(jnp.add, total, gradient(slots, rows)), None
 
     like = jax.eval_shape(gradient, slots, tokens[0])
-    zeros = _vary_all(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+    zeros = _vary_all(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), axes)
     (gradients, report), _ = jax.lax.scan(microbatch, zeros, tokens)
     return gradients, _map_means(lambda x: x / tokens.shape[0], report)
 
 
-def _over_mesh(report: LossReport) -> LossReport:
-    mean = _map_means(lambda x: jax.lax.pmean(x, BATCH_AXES), report)
-    total = jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), (report.load, report.overflow))
+def _over_mesh(report: LossReport, axes: tuple[str, ...]) -> LossReport:
+    if not axes:
+        return report
+    mean = _map_means(lambda x: jax.lax.pmean(x, axes), report)
+    total = jax.tree.map(lambda x: jax.lax.psum(x, axes), (report.load, report.overflow))
     return LossReport(**{**_fields(mean), "load": total[0], "overflow": total[1]})
 
 
@@ -173,14 +184,18 @@ def _fields(report: LossReport) -> dict[str, Any]:
 
 
 def _device_evaluation(
-    config: Config, mesh: Mesh, params: Params, router_bias: RouterBias, tokens: Int[Array, "batch seq"]
+    config: Config,
+    mesh: Mesh,
+    params: Params,
+    router_bias: RouterBias,
+    tokens: Int[Array, "batch seq"],
+    row_weights: Float[Array, " batch"],
 ) -> Float[Array, ""]:
     graphdef, shapes = model_structure(config.model)
     compute = _compute_weights(config, param_shardings(shapes, mesh), params)
     # A device may receive any load here: evaluation has no second try.
     exchange = exchange_for(mesh, buffer_factor=float(mesh.size * config.model.num_experts))
-    zero = jnp.zeros((), jnp.float32)
-    weights = _vary_all(LossWeights(zero, zero, zero))
     model = nnx.merge(graphdef, compute)
-    report = training_loss(model, tokens, _vary_all(router_bias), weights, exchange)[1]
-    return jax.lax.pmean(report.loss, BATCH_AXES)
+    axes = batch_axes(mesh)
+    loss = held_out_loss(model, tokens, row_weights, _vary_all(router_bias, axes), exchange)
+    return jax.lax.psum(loss, axes) if axes else loss

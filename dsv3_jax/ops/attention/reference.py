@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from dsv3_jax.ops.products import einsum_f32
+
 _BLOCK = 512
 _SHORTEST_BLOCK = 128
 
@@ -25,9 +27,9 @@ def _blocks(seq: int) -> list[tuple[int, int]]:
 
 def _scores(inputs: Inputs, start: int, end: int, scale: float) -> Float[Array, "batch heads block keys"]:
     q_nope, q_rope, k_nope, k_rope, _ = inputs
-    scores = jnp.einsum(
-        "bqhd,bkhd->bhqk", q_nope[:, start:end], k_nope[:, :end], preferred_element_type=jnp.float32
-    ) + jnp.einsum("bqhd,bkd->bhqk", q_rope[:, start:end], k_rope[:, :end], preferred_element_type=jnp.float32)
+    scores = einsum_f32("bqhd,bkhd->bhqk", q_nope[:, start:end], k_nope[:, :end]) + einsum_f32(
+        "bqhd,bkd->bhqk", q_rope[:, start:end], k_rope[:, :end]
+    )
     hidden = jnp.arange(end) > jnp.arange(start, end)[:, None]
     return jnp.where(hidden, -jnp.inf, scores * scale)
 
@@ -53,7 +55,7 @@ def _forward(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Arra
         largest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = weights.sum(axis=-1, keepdims=True)
-        block = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v[:, :end], preferred_element_type=jnp.float32)
+        block = einsum_f32("bhqk,bkhd->bqhd", weights.astype(v.dtype), v[:, :end])
         outputs.append((block / jnp.swapaxes(total, 1, 2)).astype(v.dtype))
         sums.append((largest + jnp.log(total))[..., 0])
     out = checkpoint_name(jnp.concatenate(outputs, axis=1), "attention")
@@ -64,20 +66,19 @@ def _forward(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Arra
 def _backward(scale: float, residuals: tuple, d_out: Float[Array, "batch seq heads v"]) -> Inputs:
     inputs, out, log_sum_exp = residuals
     q_nope, q_rope, k_nope, k_rope, v = inputs
-    delta = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
+    delta = einsum_f32("bqhd,bqhd->bhq", out, d_out)
     dq_nope, dq_rope = [], []
     dk_nope, dk_rope, dv = (jnp.zeros_like(x, jnp.float32) for x in (k_nope, k_rope, v))
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     for start, end in _blocks(q_nope.shape[1]):
         probs = jnp.exp(_scores(inputs, start, end, scale) - log_sum_exp[:, :, start:end, None])
         d_block = d_out[:, start:end]
-        d_probs = product("bqhd,bkhd->bhqk", d_block, v[:, :end])
+        d_probs = einsum_f32("bqhd,bkhd->bhqk", d_block, v[:, :end])
         d_scores = (probs * (d_probs - delta[:, :, start:end, None]) * scale).astype(v.dtype)
-        dv = dv.at[:, :end].add(product("bhqk,bqhd->bkhd", probs.astype(v.dtype), d_block))
-        dk_nope = dk_nope.at[:, :end].add(product("bhqk,bqhd->bkhd", d_scores, q_nope[:, start:end]))
-        dk_rope = dk_rope.at[:, :end].add(product("bhqk,bqhd->bkd", d_scores, q_rope[:, start:end]))
-        dq_nope.append(product("bhqk,bkhd->bqhd", d_scores, k_nope[:, :end]))
-        dq_rope.append(product("bhqk,bkd->bqhd", d_scores, k_rope[:, :end]))
+        dv = dv.at[:, :end].add(einsum_f32("bhqk,bqhd->bkhd", probs.astype(v.dtype), d_block))
+        dk_nope = dk_nope.at[:, :end].add(einsum_f32("bhqk,bqhd->bkhd", d_scores, q_nope[:, start:end]))
+        dk_rope = dk_rope.at[:, :end].add(einsum_f32("bhqk,bqhd->bkd", d_scores, q_rope[:, start:end]))
+        dq_nope.append(einsum_f32("bhqk,bkhd->bqhd", d_scores, k_nope[:, :end]))
+        dq_rope.append(einsum_f32("bhqk,bkd->bqhd", d_scores, k_rope[:, :end]))
     grads = (jnp.concatenate(dq_nope, 1), jnp.concatenate(dq_rope, 1), dk_nope, dk_rope, dv)
     return tuple(grad.astype(x.dtype) for grad, x in zip(grads, inputs, strict=True))
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.products import matmul_f32
 from dsv3_jax.ops.weights import MixedWeight, Weight
 
 
@@ -48,15 +49,14 @@ def chunked_cross_entropy(
 
 def _chunk_loss(h: Array, head: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
     """Loss and correct sums of a chunk, and the gradient of the loss with respect to its logits."""
-    logits = jnp.matmul(h, head, preferred_element_type=jnp.float32)
+    logits = matmul_f32(h, head)
     top = logits.max(axis=-1, keepdims=True)
     exps = jnp.exp(logits - top)
     total = exps.sum(axis=-1, keepdims=True)
-    is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
-    label_logit = jnp.where(is_label, logits, 0).sum(axis=-1)
+    label_logit = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     loss = (top + jnp.log(total))[:, 0] - label_logit
     correct = label_logit >= top[:, 0]
-    d_logits = (exps / total - is_label) * weights[:, None]
+    d_logits = (exps * (weights[:, None] / total)).at[jnp.arange(len(labels)), labels].add(-weights)
     return (loss * weights).sum(), (correct * weights).sum(), d_logits
 
 
@@ -70,7 +70,7 @@ def _cross_entropy_fwd(h: Array, head: Array, slot: Array, labels: Array, weight
     def step(d_head: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
         loss, correct, d_logits = _chunk_loss(chunk[0], head, chunk[1], chunk[2])
         d_logits = d_logits.astype(h.dtype)
-        d_head += jnp.matmul(chunk[0].T, d_logits, preferred_element_type=jnp.float32)
+        d_head += matmul_f32(chunk[0].T, d_logits)
         return d_head, (loss, correct, jnp.matmul(d_logits, head.T))
 
     zeros = jnp.zeros_like(slot, jnp.float32)

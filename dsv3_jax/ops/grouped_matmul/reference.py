@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.products import einsum_f32
+
 
 def grouped_forward(
     x: Float[Array, "rows k"], weight: Float[Array, "groups k n"], tile_group: Int[Array, " tiles"]
@@ -29,10 +31,9 @@ def grouped_wgrad(
 ) -> Float[Array, "groups k n"]:
     """Gradient of the weights in float32: each group's tiles summed. A group without rows gets zero."""
     tiles = tile_group.shape[0]
-    per_tile = jnp.einsum(
+    per_tile = einsum_f32(
         "tmk,tmn->tkn",
         x.reshape(tiles, -1, x.shape[-1]),
         dy.reshape(tiles, -1, dy.shape[-1]),
-        preferred_element_type=jnp.float32,
     )
     return jax.ops.segment_sum(per_tile, tile_group, num_segments=groups, indices_are_sorted=True)

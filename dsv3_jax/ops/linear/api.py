@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.products import matmul_f32
 from dsv3_jax.ops.weights import MixedWeight, Weight
 
 
@@ -30,7 +31,7 @@ def _mixed_linear_bwd(residuals: tuple[Array, Array], dy: Array) -> tuple[Array,
     x, value = residuals
     dx = jnp.matmul(dy, value.T)
     rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return dx, None, jnp.matmul(rows.T, grads, preferred_element_type=jnp.float32)
+    return dx, None, matmul_f32(rows.T, grads)
 
 
 _mixed_linear.defvjp(_mixed_linear_fwd, _mixed_linear_bwd)

@@ -1,0 +1,123 @@
+"""Checkpoints of a training run: state, progress with the data iterator, and config, saved asynchronously."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dsv3_jax.config import CheckpointConfig, Config, ConfigError, to_dict
+from dsv3_jax.ops.weights import Params
+from dsv3_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held."""
+
+    step: int
+    state: TrainState
+    average: Params | None
+    """The moving average of the weights, where the run keeps one."""
+    progress: Json
+
+
+class Checkpoints:
+    """The checkpoints under a run's output folder. A save returns once the arrays are on the host."""
+
+    def __init__(self, output_dir: str | Path, config: CheckpointConfig):
+        self.folder = Path(output_dir).expanduser().absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that were saved, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(self, step: int, config: Config, state: TrainState, average: Params | None, progress: Json) -> None:
+        """Start writing a checkpoint, after the one before it is complete; a step that is saved already is left."""
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "progress": ocp.args.JsonSave(progress),
+            "config": ocp.args.JsonSave(to_dict(config)),
+        }
+        if average is not None:
+            items["average"] = ocp.args.StandardSave(average)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore_newest(self, config: Config, abstract: TrainState) -> Restored | None:
+        """The newest checkpoint that reads back, onto the shardings of `abstract`; None where there is none.
+
+        One that does not read is reported and moved aside. Raises ConfigError if the model's sizes changed, or if no
+        checkpoint reads.
+        """
+        steps = self.steps()
+        for step in steps:
+            # Any failure to read means the same: use the one before.
+            try:
+                saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+            except Exception as error:
+                self._set_aside(step, error)
+                continue
+            _check_same_model(saved, config, self.folder / str(step))
+            try:
+                return self._restore(step, config, abstract)
+            except Exception as error:
+                self._set_aside(step, error)
+        if steps:
+            raise ConfigError(f"none of the {len(steps)} checkpoints in {self.folder} reads back: use a new output_dir")
+        return None
+
+    def _restore(self, step: int, config: Config, abstract: TrainState) -> Restored:
+        keeps_average = config.optimizer.ema_decay is not None
+        items = {
+            "state": ocp.args.StandardRestore(abstract),
+            "progress": ocp.args.JsonRestore(),
+        }
+        if keeps_average and (self.folder / str(step) / "average").exists():
+            items["average"] = ocp.args.StandardRestore(abstract.params)
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return Restored(step, found.state, found.get("average"), found.progress)
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        """Keep the files, out of the way of a later save of this step."""
+        broken = self.folder / str(step)
+        target = self.folder.parent / "unreadable" / f"{step}"
+        reason = " ".join(str(error).split())[:300]
+        logger.warning(
+            "checkpoint %s does not read back (%s): moved to %s, trying the one before", broken, reason, target
+        )
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(broken, target)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Until the last save is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Complete the last save and free the manager's threads."""
+        self._manager.close()
+
+
+def _check_same_model(saved: Json, config: Config, folder: Path) -> None:
+    """The arrays depend on the model's sizes, and the place in the data on the length of a row."""
+    then, now = ({**values["model"], "seq_len": values["batch"]["seq_len"]} for values in (saved, to_dict(config)))
+    for name, value in now.items():
+        if then.get(name) != value:
+            section = "batch" if name == "seq_len" else "model"
+            raise ConfigError(
+                f"{section}.{name}={value!r}: {folder} was made with {then.get(name)!r}; keep that, or use a new "
+                "output_dir"
+            )

@@ -1,0 +1,184 @@
+"""The command line: `dsv3 train | generate | plan | convert`.
+
+Nothing heavy is imported before it is needed, so that `dsv3 --help` answers at once.
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config import Config, ConfigError
+
+# XLA's CPU backend asks for and returns large buffers in every step. Large pages, and memory that stays with the
+# process, spare it most page faults: a training step is about twice as fast.
+_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=100000000000"
+
+_TRAIN_EPILOG = """Settings follow the config file: --steps 40 --output-dir DIR --checkpoint.every 10 --resume auto
+--optimizer.peak-lr 3e-4. `dsv3 train CONFIG --help` lists them all."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status. Every error of the user ends in one sentence on stderr and status 2."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.takes_settings:
+        parser.error(f"unknown argument {rest[0]}; `dsv3 {arguments.command} --help` lists what there is")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("dsv3_jax").setLevel(logging.INFO)
+    try:
+        return arguments.run(arguments, rest)
+    except (ConfigError, FileNotFoundError, FileExistsError) as error:
+        return _fail(str(error))
+    except (RuntimeError, ValueError) as error:
+        if type(error).__name__ in ("TrainingError", "CheckpointError", "PromptError"):
+            return _fail(str(error))
+        raise
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dsv3", description="The DeepSeek-V3 training system in JAX and Flax.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, about: str, takes_settings: bool = False, **options: Any) -> Any:
+        sub = commands.add_parser(name, help=about, description=about, **options)
+        sub.set_defaults(run=run, takes_settings=takes_settings)
+        return sub
+
+    train = command("train", _train, "train a model", True, add_help=False, epilog=_TRAIN_EPILOG)
+    train.add_argument("config", help="a config file, such as configs/tiny.py")
+    plan = command("plan", _plan, "print parameters, FLOPs and memory of a config", True, add_help=False)
+    plan.add_argument("config", help="a config file, such as configs/v3_671b.py")
+
+    generate = command("generate", _generate, "continue a text with a trained or a published model")
+    generate.add_argument("folder", help="output folder of a run, or a folder in the public DeepSeek-V3 layout")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--tokens", type=int, default=100, help="most tokens to write (default 100)")
+    generate.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default 0.7)")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    generate.add_argument("--average", action="store_true", help="use the averaged weights of a run")
+
+    convert = command("convert", _convert, "write a model in another layout")
+    convert.add_argument("folder", help="output folder of a run, or a folder in the public DeepSeek-V3 layout")
+    convert.add_argument("output", help="folder to write; must be empty or not exist")
+    convert.add_argument("--to", choices=["hf"], required=True, help="hf: the public DeepSeek-V3 safetensors layout")
+    convert.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="type of the weights")
+    convert.add_argument("--average", action="store_true", help="use the averaged weights of a run")
+    return parser
+
+
+def load_config(path: str) -> Config:
+    """What `config()` of a config file returns. Raises ConfigError where the file is not one."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{path}: no such config file; the shipped ones are in configs/")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: a config is a Python file; give one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be loaded ({type(error).__name__}: {error}); correct the file") from error
+    if not callable(getattr(module, "config", None)):
+        raise ConfigError(f"{path}: has no function config(); it must return a dsv3_jax.config.Config")
+    config = module.config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: config() returned {type(config).__name__}; return a dsv3_jax.config.Config")
+    return config
+
+
+def override(config: Config, settings: list[str], prog: str) -> Config:
+    """The config with settings from the command line; exits with a message where one is unknown."""
+    import tyro
+
+    return tyro.cli(
+        Config,
+        default=config,
+        args=settings,
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+
+
+def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
+    if arguments.config in ("-h", "--help"):
+        return _help(arguments, "train")
+    config = override(load_config(arguments.config), settings, f"dsv3 train {arguments.config}")
+    _prepare_process(config)
+    from rich.console import Console
+
+    from dsv3_jax.train.finish import finish
+    from dsv3_jax.train.loop import train
+
+    console = Console()
+    run = train(config, console)
+    if not run.interrupted:
+        finish(config, run, console)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, settings: list[str]) -> int:
+    if arguments.config in ("-h", "--help"):
+        return _help(arguments, "plan")
+    from dsv3_jax.planner.report import print_plan
+
+    print_plan(override(load_config(arguments.config), settings, f"dsv3 plan {arguments.config}"))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
+    from dsv3_jax.inference.text import complete, load_model
+
+    model, tokenizer = load_model(arguments.folder, average=arguments.average)
+    text = complete(
+        model,
+        tokenizer,
+        arguments.prompt,
+        arguments.tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    print(arguments.prompt + text)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
+    from dsv3_jax.inference.text import convert
+
+    convert(arguments.folder, arguments.output, arguments.dtype, average=arguments.average)
+    print(f"written to {arguments.output}")
+    return 0
+
+
+def _help(arguments: argparse.Namespace, command: str) -> int:
+    print(f"usage: dsv3 {command} CONFIG [settings]\n\n{_TRAIN_EPILOG}")
+    return 0
+
+
+def _prepare_process(config: Config) -> None:
+    """What has to be set before jax is first used: memory, and emulated devices."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": _MALLOC})
+    import jax
+
+    if config.parallel.devices is not None:
+        # Only the CPU backend reads this.
+        jax.config.update("jax_num_cpu_devices", config.parallel.devices)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"dsv3: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
