@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -11,7 +12,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import rotate, softmax_scale
 from dsv3_jax.ops.attention import causal_attention
-from dsv3_jax.ops.products import einsum_f32
+from dsv3_jax.ops.products import matmul_f32
 
 Rotations = tuple[Array, Array]
 
@@ -90,13 +91,21 @@ class MLA(nnx.Module):
         up = kernel.reshape(config.kv_lora_rank, config.num_heads, -1)
         k_up, v_up = jnp.split(up, [config.qk_nope_head_dim], axis=-1)
         q_latent = jnp.einsum("bqhd,chd->bqhc", q_nope, k_up)
-        scores = einsum_f32("bqhc,bkc->bhqk", q_latent, cache.latent)
-        scores += einsum_f32("bqhr,bkr->bhqk", q_rope, cache.k_rope)
+        scores = _shared_key_scores(q_latent, cache.latent) + _shared_key_scores(q_rope, cache.k_rope)
         hidden = jnp.arange(cache.latent.shape[1]) > start + jnp.arange(x.shape[1])[:, None]
-        probs = nnx.softmax(jnp.where(hidden, -jnp.inf, scores * softmax_scale(config)), axis=-1)
-        mixed = jnp.einsum("bhqk,bkc->bqhc", probs.astype(x.dtype), cache.latent)
+        probs = jax.nn.softmax(jnp.where(hidden[:, None], -jnp.inf, scores * softmax_scale(config)), axis=-1)
+        rows = probs.reshape(len(x), -1, probs.shape[-1]).astype(x.dtype)
+        mixed = jnp.matmul(rows, cache.latent).reshape(q_latent.shape)
         heads = jnp.einsum("bqhc,chd->bqhd", mixed, v_up)
         return self.out(heads.reshape(*x.shape[:2], -1)), cache
+
+
+def _shared_key_scores(
+    q: Float[Array, "batch new heads width"], k: Float[Array, "batch length width"]
+) -> Float[Array, "batch new heads length"]:
+    """Products of all heads' queries with the one key of each position, as multi-query attention has them."""
+    batch, new, heads, width = q.shape
+    return matmul_f32(q.reshape(batch, -1, width), jnp.swapaxes(k, 1, 2)).reshape(batch, new, heads, -1)
 
 
 def _write(old: Array, new: Array, start: Int[Array, ""]) -> Array:

@@ -29,9 +29,13 @@ def causal_attention(
     refusal = _cudnn_refusal(q_nope)
     if implementation == "cudnn" and refusal:
         raise NotImplementedError(f"cudnn attention {refusal}: use implementation='reference'")
+    shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    k = jnp.concatenate([k_nope, shared], axis=-1)
     if implementation == "reference" or (implementation is None and refusal):
-        return blockwise_attention(q_nope, q_rope, k_nope, k_rope, v, scale)
-    return _cudnn_attention(q_nope, q_rope, k_nope, k_rope, v, scale)
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        return jnp.swapaxes(blockwise_attention(*heads_first, scale), 1, 2)
+    return _cudnn_attention(q, k, v, scale)
 
 
 def _cudnn_refusal(q: Array) -> str | None:
@@ -42,15 +46,14 @@ def _cudnn_refusal(q: Array) -> str | None:
     return None
 
 
-def _cudnn_attention(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array, scale: float) -> Array:
+def _cudnn_attention(q: Array, k: Array, v: Array, scale: float) -> Float[Array, "batch seq heads v"]:
     """jax's public entry wants values as wide as keys, so they are padded."""
-    heads = k_nope.shape[2]
-    q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    shared = jnp.broadcast_to(k_rope[:, :, None], (*k_rope.shape[:2], heads, k_rope.shape[-1]))
-    k = jnp.concatenate([k_nope, shared], axis=-1)
-    width = q.shape[-1]
-    if width < v.shape[-1]:
-        raise NotImplementedError(f"values ({v.shape[-1]}) wider than keys ({width}): use implementation='reference'")
-    padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, width - v.shape[-1])))
+    extra = q.shape[-1] - v.shape[-1]
+    if extra < 0:
+        raise NotImplementedError(
+            f"cudnn attention needs values no wider than keys, not {v.shape[-1]} against {q.shape[-1]}: "
+            "use implementation='reference'"
+        )
+    padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, extra)))
     out = jax.nn.dot_product_attention(q, k, padded, scale=scale, is_causal=True, implementation="cudnn")
     return checkpoint_name(out[..., : v.shape[-1]], "attention")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.products import matmul_f32
+from dsv3_jax.ops.products import matmul_f32, transposed_matmul_f32
 from dsv3_jax.ops.weights import MixedWeight, Weight
 
 
@@ -70,8 +70,8 @@ def _cross_entropy_fwd(h: Array, head: Array, slot: Array, labels: Array, weight
     def step(d_head: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
         loss, correct, d_logits = _chunk_loss(chunk[0], head, chunk[1], chunk[2])
         d_logits = d_logits.astype(h.dtype)
-        d_head += matmul_f32(chunk[0].T, d_logits)
-        return d_head, (loss, correct, jnp.matmul(d_logits, head.T))
+        d_head += transposed_matmul_f32(chunk[0], d_logits)
+        return d_head, (loss, correct, jnp.einsum("tv,dv->td", d_logits, head))
 
     zeros = jnp.zeros_like(slot, jnp.float32)
     d_head, (losses, corrects, d_h) = jax.lax.scan(step, zeros, (h, labels, weights))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.products import einsum_f32
+from dsv3_jax.ops.products import transposed_matmul_f32
 
 
 def grouped_forward(
@@ -31,9 +31,6 @@ def grouped_wgrad(
 ) -> Float[Array, "groups k n"]:
     """Gradient of the weights in float32: each group's tiles summed. A group without rows gets zero."""
     tiles = tile_group.shape[0]
-    per_tile = einsum_f32(
-        "tmk,tmn->tkn",
-        x.reshape(tiles, -1, x.shape[-1]),
-        dy.reshape(tiles, -1, dy.shape[-1]),
-    )
+    rows, grads = (y.reshape(tiles, -1, y.shape[-1]) for y in (x, dy))
+    per_tile = transposed_matmul_f32(rows, grads)
     return jax.ops.segment_sum(per_tile, tile_group, num_segments=groups, indices_are_sorted=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.products import matmul_f32
+from dsv3_jax.ops.products import transposed_matmul_f32
 from dsv3_jax.ops.weights import MixedWeight, Weight
 
 
@@ -29,9 +29,9 @@ def _mixed_linear_fwd(x: Array, value: Array, slot: Array) -> tuple[Array, tuple
 
 def _mixed_linear_bwd(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, None, Array]:
     x, value = residuals
-    dx = jnp.matmul(dy, value.T)
+    dx = jnp.einsum("...n,kn->...k", dy, value)
     rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return dx, None, matmul_f32(rows.T, grads)
+    return dx, None, transposed_matmul_f32(rows, grads)
 
 
 _mixed_linear.defvjp(_mixed_linear_fwd, _mixed_linear_bwd)
