@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, FileNotFoundError, FileExistsError) as error:
         return _fail(str(error))
     except (RuntimeError, ValueError) as error:
-        if type(error).__name__ in ("TrainingError", "CheckpointError", "PromptError"):
+        # Their classes live in modules that are not imported before they are needed.
+        if type(error).__name__ in ("TrainingError", "CheckpointError"):
             return _fail(str(error))
         raise
     except KeyboardInterrupt:
@@ -136,25 +137,31 @@ def _plan(arguments: argparse.Namespace, settings: list[str]) -> int:
 
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
-    from dsv3_jax.inference.text import complete, load_model
+    from dsv3_jax.inference.generate import generate
+    from dsv3_jax.inference.load import load_model, load_text_tokenizer
 
-    model, tokenizer = load_model(arguments.folder, average=arguments.average)
-    text = complete(
-        model,
-        tokenizer,
-        arguments.prompt,
-        arguments.tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-    )
-    print(arguments.prompt + text)
+    model = load_model(arguments.folder, average=arguments.average)
+    tokenizer = load_text_tokenizer(arguments.folder, model.config.vocab_size)
+    prompt = [tokenizer.encode(arguments.prompt)]
+    try:
+        tokens = generate(
+            model,
+            prompt,
+            arguments.tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            stop_token=tokenizer.eos,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(arguments.prompt + tokenizer.decode(tokens[0, len(prompt[0]) :]))
     return 0
 
 
 def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
-    from dsv3_jax.inference.text import convert
+    from dsv3_jax.inference.load import convert_to_hf
 
-    convert(arguments.folder, arguments.output, arguments.dtype, average=arguments.average)
+    convert_to_hf(arguments.folder, arguments.output, arguments.dtype, average=arguments.average)
     print(f"written to {arguments.output}")
     return 0
 
