@@ -35,9 +35,10 @@ class HostAverage:
     def params(self) -> Params:
         """The average, sharded as the weights are."""
         self._wait()
+        # Copied, since on CPU an array can share the memory of an aligned x, which the next update changes.
         leaves = [
             jax.make_array_from_single_device_arrays(
-                shape, sharding, [jax.device_put(x, d) for x, d in zip(shards, _devices(sharding), strict=True)]
+                shape, sharding, [jax.device_put(x.copy(), d) for x, d in zip(shards, _devices(sharding), strict=True)]
             )
             for (shape, sharding), shards in zip(self._shardings, self._averages, strict=True)
         ]
