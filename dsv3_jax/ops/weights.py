@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dsv3_jax.config import ConfigError
+
 Params = dict[str, Any]
 
 # Norm gains and the router stay in float32 whatever the policy (report 3.3.1).
@@ -37,8 +39,14 @@ def value_of(weight: Weight) -> Array:
 
 
 def cast_weights(params: Params, precision: str) -> Params:
-    """The compute copy of float32 master weights: bf16 but for norm gains and the router, or float32 throughout."""
-    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[precision]
+    """The compute copy of float32 master weights: bf16 but for norm gains and the router, or float32 throughout.
+
+    Raises ConfigError for another precision than "bf16" and "fp32".
+    """
+    dtypes = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+    if precision not in dtypes:
+        raise ConfigError(f"precision={precision!r}: choose one of {' or '.join(map(repr, dtypes))}")
+    dtype = dtypes[precision]
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
         kept = _FLOAT32_LEAVES & {entry.key for entry in path}

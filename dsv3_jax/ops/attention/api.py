@@ -1,6 +1,6 @@
 """Causal attention for MLA's training form: picks an implementation."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,13 @@ def causal_attention(
 ) -> Float[Array, "batch seq heads v"]:
     """softmax(scale * q k^T) v with q = [q_nope | q_rope], k = [k_nope | k_rope], causal (report 2.1.1).
 
-    None takes cuDNN for 16-bit operands on a GPU and the blockwise reference elsewhere. A named implementation that
-    cannot run raises NotImplementedError.
+    None takes cuDNN where it can run (16-bit operands on a GPU, values no wider than keys) and the blockwise reference
+    elsewhere. A named implementation that cannot run raises NotImplementedError, an unknown name ValueError.
     """
-    refusal = _cudnn_refusal(q_nope)
+    if implementation not in (None, *get_args(Implementation)):
+        choices = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation={implementation!r}: choose one of {choices}, or None")
+    refusal = _cudnn_refusal(q_nope, q_rope, v)
     if implementation == "cudnn" and refusal:
         raise NotImplementedError(f"cudnn attention {refusal}: use implementation='reference'")
     shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
@@ -38,22 +41,20 @@ def causal_attention(
     return _cudnn_attention(q, k, v, scale)
 
 
-def _cudnn_refusal(q: Array) -> str | None:
+def _cudnn_refusal(q_nope: Array, q_rope: Array, v: Array) -> str | None:
     if jax.default_backend() != "gpu":
         return f"needs a GPU, the backend is {jax.default_backend()}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes 16-bit operands, not {q.dtype}"
+    if q_nope.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes 16-bit operands, not {q_nope.dtype}"
+    keys, values = q_nope.shape[-1] + q_rope.shape[-1], v.shape[-1]
+    if values > keys:
+        return f"needs values no wider than keys, not {values} against {keys}"
     return None
 
 
 def _cudnn_attention(q: Array, k: Array, v: Array, scale: float) -> Float[Array, "batch seq heads v"]:
     """jax's public entry wants values as wide as keys, so they are padded."""
     extra = q.shape[-1] - v.shape[-1]
-    if extra < 0:
-        raise NotImplementedError(
-            f"cudnn attention needs values no wider than keys, not {v.shape[-1]} against {q.shape[-1]}: "
-            "use implementation='reference'"
-        )
     padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, extra)))
     out = jax.nn.dot_product_attention(q, k, padded, scale=scale, is_causal=True, implementation="cudnn")
     return checkpoint_name(out[..., : v.shape[-1]], "attention")
