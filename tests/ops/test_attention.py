@@ -1,0 +1,101 @@
+"""Blockwise causal attention against a softmax over the whole score matrix, which it never forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.ops.attention import causal_attention
+
+HEADS, NOPE, ROPE, V, SCALE = 2, 8, 4, 6, 0.35
+
+
+def naive(q_nope, q_rope, k_nope, k_rope, v):
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, k_nope) + jnp.einsum("bqhd,bkd->bhqk", q_rope, k_rope)
+    seq = v.shape[1]
+    scores = jnp.where(jnp.tril(jnp.ones((seq, seq), bool)), scores * SCALE, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
+
+
+def blockwise(*inputs):
+    return causal_attention(*inputs, SCALE, "reference")
+
+
+def operands(seq: int, dtype=jnp.float32, batch: int = 2) -> list[jax.Array]:
+    shapes = [(HEADS, NOPE), (HEADS, ROPE), (HEADS, NOPE), (ROPE,), (HEADS, V)]
+    keys = jax.random.split(jax.random.key(seq), len(shapes))
+    return [jax.random.normal(key, (batch, seq, *s)).astype(dtype) for key, s in zip(keys, shapes, strict=True)]
+
+
+def output_and_gradients(function, inputs, d_out):
+    @jax.jit
+    def run(inputs, d_out):
+        out, pullback = jax.vjp(function, *inputs)
+        return out, *pullback(d_out)
+
+    return run(inputs, d_out)
+
+
+# One query; a second block of two; a last block that is no whole one; more than one block of the largest size.
+@pytest.mark.parametrize("seq", [1, 130, 300, 2100])
+def test_float32_output_and_gradients_are_those_of_the_full_softmax(seq):
+    inputs = operands(seq, batch=2 if seq < 1000 else 1)
+    d_out = jax.random.normal(jax.random.key(1), (*inputs[-1].shape[:2], HEADS, V))
+    ours = output_and_gradients(blockwise, inputs, d_out)
+    expected = output_and_gradients(naive, inputs, d_out)
+    for name, a, b in zip(["out", "q_nope", "q_rope", "k_nope", "k_rope", "v"], ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_bf16_stays_within_two_percent_of_the_largest_value():
+    inputs = operands(300, jnp.bfloat16)
+    d_out = jax.random.normal(jax.random.key(1), (2, 300, HEADS, V)).astype(jnp.bfloat16)
+    ours = output_and_gradients(blockwise, inputs, d_out)
+    wide = [x.astype(jnp.float32) for x in inputs]
+    expected = output_and_gradients(naive, wide, d_out.astype(jnp.float32))
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(a), b, atol=0.02 * float(jnp.abs(b).max()))
+
+
+def test_softmax_is_stable_for_large_scores():
+    inputs = [100 * x for x in operands(130)]
+    np.testing.assert_allclose(blockwise(*inputs), naive(*inputs), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_no_array_of_size_seq_x_seq_is_computed(pass_, computed_shapes):
+    seq = 2048
+    inputs = operands(seq, batch=1)
+    gradient = jax.grad(lambda *inputs: blockwise(*inputs).sum(), argnums=(0, 1, 2, 3, 4))
+    # A quarter of the score matrix at most: a block of queries against all keys.
+    shapes = computed_shapes(blockwise if pass_ == "forward" else gradient, *inputs)
+    assert (1, HEADS, seq // 4, seq) in shapes
+    assert max(int(np.prod(shape)) for shape in shapes) <= HEADS * seq * seq // 4
+    full = computed_shapes(naive, *inputs)
+    assert (1, HEADS, seq, seq) in full
+
+
+def test_naming_an_implementation_that_cannot_run_says_why():
+    with pytest.raises(NotImplementedError, match="cudnn attention needs a GPU, the backend is cpu: use"):
+        causal_attention(*operands(4, jnp.bfloat16), SCALE, "cudnn")
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="implementation='flash': choose one of 'reference', 'cudnn', or None"):
+        causal_attention(*operands(4), SCALE, "flash")
+
+
+def test_shapes_that_cudnn_refuses_run_the_reference_unless_it_is_named(monkeypatch):
+    *inputs, v = operands(4, jnp.bfloat16)
+    wide = jnp.concatenate([v, v, v], axis=-1)
+    expected = blockwise(*inputs, wide)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(causal_attention(*inputs, wide, SCALE), expected)
+    with pytest.raises(NotImplementedError, match="values no wider than keys, not 18 against 12"):
+        causal_attention(*inputs, wide, SCALE, "cudnn")
+
+
+def test_without_a_name_the_cpu_runs_the_reference():
+    inputs = operands(4)
+    np.testing.assert_array_equal(causal_attention(*inputs, SCALE), blockwise(*inputs))

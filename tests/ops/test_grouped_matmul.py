@@ -1,0 +1,91 @@
+"""The product of each row with its group's weight, and its gradients, against a loop over rows."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.ops.grouped_matmul import grouped_matmul
+from dsv3_jax.ops.weights import MixedWeight
+
+GROUPS, TILE, TILES, K, N = 4, 8, 12, 6, 5
+
+
+def layout(sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Group of each row (-1: padding) and of each tile."""
+    row_group, tile_group = [], []
+    for group, size in enumerate(sizes):
+        tiles = -(-size // TILE)
+        row_group += [group] * size + [-1] * (tiles * TILE - size)
+        tile_group += [group] * tiles
+    spare = TILES - len(tile_group)
+    return np.array(row_group + [-1] * spare * TILE), np.array(tile_group + [GROUPS - 1] * spare, np.int32)
+
+
+def row_by_row(x, weight, dy, row_group):
+    """Product and gradients in float64; rows that hold nothing contribute nothing."""
+    x, weight, dy = (np.asarray(a, np.float64) for a in (x, weight, dy))
+    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(weight)
+    for row, group in enumerate(row_group):
+        if group >= 0:
+            y[row] = x[row] @ weight[group]
+            dx[row] = weight[group] @ dy[row]
+            dw[group] += np.outer(x[row], dy[row])
+    return y, dx, dw
+
+
+@jax.jit
+def product_and_gradients(x, weight, tile_group, dy):
+    y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, tile_group), x, weight)
+    return y, *pullback(dy)
+
+
+def operands(sizes: list[int], dtype) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(sum(sizes))
+    row_group, tile_group = layout(sizes)
+    x = np.where(row_group[:, None] >= 0, rng.normal(size=(TILES * TILE, K)), 0)
+    weight, dy = rng.normal(size=(GROUPS, K, N)), rng.normal(size=(TILES * TILE, N))
+    return x.astype(dtype), weight.astype(dtype), dy.astype(dtype), row_group, tile_group
+
+
+group_sizes = st.lists(st.integers(0, 19), min_size=GROUPS, max_size=GROUPS)
+
+
+@settings(max_examples=20, deadline=None)
+@example([TILES * TILE, 0, 0, 0])
+@example([0, 0, 0, 37])
+@example([0, 0, 0, 0])
+@example([1, 0, 1, 0])
+@given(group_sizes)
+def test_float32_product_and_gradients_are_those_of_a_loop(sizes):
+    x, weight, dy, row_group, tile_group = operands(sizes, np.float32)
+    y, dx, dw = product_and_gradients(x, weight, tile_group, dy)
+    expected_y, expected_dx, expected_dw = row_by_row(x, weight, dy, row_group)
+    held = row_group >= 0
+    np.testing.assert_allclose(y, expected_y, atol=1e-5)
+    np.testing.assert_allclose(dx[held], expected_dx[held], atol=1e-5)
+    np.testing.assert_allclose(dw, expected_dw, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[19, 0, 7, 16], [TILES * TILE, 0, 0, 0]], ids=["uneven", "all-in-one"])
+def test_bf16_weights_get_the_float32_gradient_of_their_bf16_operands(sizes):
+    x, value, dy, row_group, tile_group = operands(sizes, ml_dtypes.bfloat16)
+    weight = MixedWeight(jnp.asarray(value), jnp.zeros(value.shape, jnp.float32))
+    y, dx, dw = product_and_gradients(x, weight, tile_group, dy)
+    expected_y, expected_dx, expected_dw = row_by_row(x, value, dy, row_group)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert dw.slot.dtype == jnp.float32
+    np.testing.assert_allclose(dw.slot, expected_dw, atol=2e-5)  # rounded to bf16 it would be off by 1e-2
+    held = row_group >= 0
+    np.testing.assert_allclose(np.float32(y), expected_y, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(np.float32(dx[held]), expected_dx[held], rtol=2**-8, atol=1e-5)
+
+
+def test_a_plain_float32_weight_under_bf16_rows_keeps_its_gradient_in_float32():
+    x, weight, dy, row_group, tile_group = operands([19, 0, 7, 16], ml_dtypes.bfloat16)
+    _, _, dw = product_and_gradients(x, weight.astype(np.float32), tile_group, dy)
+    assert dw.dtype == jnp.float32
+    np.testing.assert_allclose(dw, row_by_row(x, weight, dy, row_group)[2], atol=2e-5)

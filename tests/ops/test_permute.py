@@ -1,0 +1,128 @@
+"""Sorting tokens by expert: every row accounted for, and both directions exact transposes of each other."""
+
+from functools import partial
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.ops.permute import assign_slots, permute, permute_choices, tile_rows, unpermute
+
+# tokens, choices a token, groups, rows a tile: few, so that each compiles once.
+SHAPES = [(1, 1, 1, 8), (3, 2, 9, 8), (40, 3, 5, 8), (64, 2, 4, 16)]
+
+assign = jax.jit(assign_slots, static_argnums=(1, 2))
+
+
+@st.composite
+def assignments(draw):
+    tokens, k, groups, tile = draw(st.sampled_from(SHAPES))
+    # Low ceilings leave the upper groups empty, and 0 gives everything to one group.
+    ceiling = draw(st.integers(0, groups - 1))
+    group = draw(hnp.arrays(np.int32, (tokens, k), elements=st.integers(0, ceiling)))
+    valid = draw(st.none() | hnp.arrays(bool, (tokens, k)))
+    return group, groups, tile, valid
+
+
+@settings(max_examples=60, deadline=None)
+@given(assignments())
+def test_every_valid_choice_gets_one_row_of_a_tile_of_its_group(case):
+    group, groups, tile, valid = case
+    tokens = len(group)
+    slots = jax.tree.map(np.asarray, assign(group, groups, tile, valid))
+    valid = np.ones(group.shape, bool) if valid is None else valid
+    rows = len(slots.token_of)
+    assert rows == len(slots.tile_group) * tile
+
+    taken = slots.slot_of[valid]
+    assert len(set(taken)) == valid.sum()
+    assert (taken >= 0).all()
+    assert (taken < rows).all()
+    assert (slots.slot_of[~valid] == rows).all()
+
+    np.testing.assert_array_equal(slots.token_of[taken], np.nonzero(valid)[0])
+    assert (slots.token_of == tokens).sum() == rows - valid.sum()
+    np.testing.assert_array_equal(slots.tile_group[taken // tile], group[valid])
+    assert (np.diff(slots.tile_group) >= 0).all()
+    np.testing.assert_array_equal(slots.sizes, np.bincount(group[valid], minlength=groups))
+
+
+@settings(max_examples=30, deadline=None)
+@given(assignments())
+def test_groups_start_on_tiles_and_keep_the_order_of_the_tokens(case):
+    group, groups, tile, valid = case
+    slots = jax.tree.map(np.asarray, assign(group, groups, tile, valid))
+    valid = np.ones(group.shape, bool) if valid is None else valid
+    next_tile = 0
+    for g in range(groups):
+        taken = slots.slot_of[valid & (group == g)]  # in the order of tokens, then choices
+        np.testing.assert_array_equal(taken, next_tile * tile + np.arange(len(taken)))
+        next_tile += -(-len(taken) // tile)
+
+
+def test_the_static_number_of_rows_is_enough_for_the_worst_assignment():
+    # One row in all groups but the last, which takes the others: every group pads.
+    groups, tile = 8, 8
+    group = np.minimum(np.arange(64), groups - 1)[:, None]
+    slots = assign_slots(jnp.asarray(group), groups, tile)
+    assert (np.asarray(slots.slot_of) < len(slots.token_of)).all()
+
+
+@pytest.fixture(scope="module")
+def slots():
+    rng = np.random.default_rng(0)
+    group, valid = rng.integers(0, 6, (20, 3)), rng.random((20, 3)) < 0.8
+    return assign_slots(jnp.asarray(group), 6, 8, jnp.asarray(valid))
+
+
+def test_permute_and_unpermute_are_transposes_of_each_other(slots):
+    x = jax.random.normal(jax.random.key(0), (20, 5))
+    rows = jax.random.normal(jax.random.key(1), (len(slots.token_of), 5))
+    there, back = jnp.vdot(permute(x, slots), rows), jnp.vdot(x, unpermute(rows, slots))
+    np.testing.assert_allclose(there, back, rtol=1e-5)
+
+
+def test_gradients_are_those_of_a_plain_gather(slots):
+    def plain_permute(x):
+        return jnp.concatenate([x, jnp.zeros((1, x.shape[1]))])[slots.token_of]
+
+    def plain_unpermute(rows):
+        return jnp.concatenate([rows, jnp.zeros((1, rows.shape[1]))])[slots.slot_of].sum(axis=1)
+
+    x = jax.random.normal(jax.random.key(0), (20, 5))
+    rows = jax.random.normal(jax.random.key(1), (len(slots.token_of), 5))
+    for ours, plain, at, cotangent in [
+        (partial(permute, slots=slots), plain_permute, x, rows),
+        (partial(unpermute, slots=slots), plain_unpermute, rows, x),
+    ]:
+        (y, pullback), (expected, plain_pullback) = jax.vjp(ours, at), jax.vjp(plain, at)
+        np.testing.assert_allclose(y, expected, atol=1e-6)
+        np.testing.assert_allclose(pullback(cotangent)[0], plain_pullback(cotangent)[0], atol=1e-6)
+
+
+def test_unpermute_sums_in_float32():
+    slots = assign_slots(jnp.arange(3)[None], 3, 8)
+    values = jnp.zeros((len(slots.token_of), 1), jnp.bfloat16).at[slots.slot_of[0], 0].set(jnp.array([256, 1, 1]))
+    assert float(unpermute(values, slots)[0, 0]) == 258  # one at a time, bfloat16 stays at 256
+
+
+def test_weights_travel_with_their_choices_and_so_do_their_gradients(slots):
+    weights = jnp.arange(1.0, 61.0).reshape(20, 3)
+    rows, pullback = jax.vjp(lambda w: permute_choices(w, slots), weights)
+    held = np.asarray(slots.slot_of) < len(rows)
+    np.testing.assert_array_equal(rows[slots.slot_of[held]], weights[held])
+    assert np.count_nonzero(rows) == held.sum()
+    cotangent = jnp.arange(1.0, len(rows) + 1)
+    expected = np.where(held, np.append(cotangent, 0)[slots.slot_of], 0)
+    np.testing.assert_array_equal(pullback(cotangent)[0], expected)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 512))
+def test_a_tile_is_a_power_of_two_and_pads_at_most_half_of_a_large_balanced_load(rows, groups):
+    tile = tile_rows(rows, groups)
+    assert tile in (8, 16, 32, 64, 128)
+    assert tile == 8 or 2 * tile <= rows // groups

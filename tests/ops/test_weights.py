@@ -1,0 +1,73 @@
+"""Which weights the products read in bf16, which stay float32, and where the gradients of both land."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.model.layers import FeedForward, RMSNorm
+from dsv3_jax.ops.weights import MixedWeight, attach_slots, cast_weights, gradient_slots
+from dsv3_jax.train.state import model_structure
+
+
+def test_all_but_norm_gains_and_the_router_are_cast_to_bf16():
+    _, shapes = model_structure(ModelConfig(num_mtp_modules=1))
+    cast = jax.eval_shape(lambda p: cast_weights(p, "bf16"), shapes)
+    kept = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(cast)}
+    for name, dtype in kept.items():
+        wide = "norm" in name or "router" in name
+        assert dtype == (jnp.float32 if wide else jnp.bfloat16), name
+    assert sum("router" in name for name in kept) == 2  # of the MoE layers, and of the MTP modules
+    float32 = jax.eval_shape(lambda p: cast_weights(p, "fp32"), shapes)
+    assert {leaf.dtype for leaf in jax.tree.leaves(float32)} == {jnp.dtype(jnp.float32)}
+
+
+def test_an_unknown_precision_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"precision='fp8'.*'bf16' or 'fp32'"):
+        cast_weights({"kernel": jnp.ones(2)}, "fp8")
+
+
+class NormedFeedForward(nnx.Module):
+    def __init__(self):
+        self.norm = RMSNorm(16, 1e-6)
+        self.ffn = FeedForward(16, 24, 0.3, nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.ffn(self.norm(x))
+
+
+def test_gradients_of_a_bf16_module_are_float32_and_near_those_of_float32():
+    graphdef, state = nnx.split(NormedFeedForward())
+    params = nnx.to_pure_dict(state)
+    x = jax.random.normal(jax.random.key(1), (50, 16))
+    target = jax.random.normal(jax.random.key(2), (50, 16))
+
+    def gradients(precision: str) -> dict:
+        compute = cast_weights(params, precision)
+        dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[precision]
+
+        def loss(slots):
+            y = nnx.merge(graphdef, attach_slots(compute, slots))(x.astype(dtype))
+            return ((y.astype(jnp.float32) - target) ** 2).mean()
+
+        return jax.jit(jax.grad(loss))(gradient_slots(compute))
+
+    narrow, wide = gradients("bf16"), gradients("fp32")
+    assert jax.tree.structure(narrow) == jax.tree.structure(wide)
+    for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=0.02 * float(jnp.abs(b).max()))
+        assert (a.astype(jnp.bfloat16).astype(jnp.float32) != a).any()  # more than bf16 holds
+
+
+def test_slots_stand_in_for_the_weights_that_are_cast_and_are_the_others():
+    compute = {"kernel": jnp.ones((2, 3), jnp.bfloat16), "scale": jnp.full(3, 2.0)}
+    slots = gradient_slots(compute)
+    np.testing.assert_array_equal(slots["kernel"], np.zeros((2, 3), np.float32))
+    np.testing.assert_array_equal(slots["scale"], compute["scale"])
+    attached = attach_slots(compute, slots)
+    assert isinstance(attached["kernel"], MixedWeight)
+    assert attached["kernel"].slot.dtype == jnp.float32
+    np.testing.assert_array_equal(attached["scale"], compute["scale"])
