@@ -223,7 +223,7 @@ def test_flops_are_those_of_the_matrices_of_the_tree(model: ModelConfig, seq_len
 
 @settings(max_examples=60, deadline=None)
 @given(
-    start=st.integers(1, 6), growth=st.integers(0, 12), micro=st.integers(1, 5), ramp=st.integers(0, 5000),
+    start=st.integers(1, 6), growth=st.integers(0, 12), micro=st.integers(1, 5), ramp=st.integers(1, 5000),
     steps=st.integers(1, 60),
 )  # fmt: skip
 def test_growing_batch_never_shrinks_stays_whole_and_counts_every_step(
