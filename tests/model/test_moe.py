@@ -1,0 +1,191 @@
+"""The router against a selection written out by hand, the balance losses against the report's formulas."""
+
+from functools import partial
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import swiglu
+from dsv3_jax.model.moe import LocalExchange, MoE, MoEStats, Router, Routing, moe_stats, select_experts
+
+SIZES = {"d_model": 12, "num_experts": 12, "d_ff_expert": 8, "num_layers": 2, "init_std": 0.3}
+GROUPED = ModelConfig(**SIZES, num_groups=4, top_k_groups=2, top_k=4)
+UNGROUPED = ModelConfig(**SIZES, num_groups=1, top_k_groups=1, top_k=3)
+ALL_GROUPS = ModelConfig(**SIZES, num_groups=3, top_k_groups=3, top_k=5)
+
+select = jax.jit(select_experts, static_argnums=1)
+
+
+def selected_by_hand(choice: np.ndarray, config: ModelConfig) -> list[int]:
+    """One token's experts, best first; Python's sort is stable, so that the lower index wins a tie."""
+    members = np.split(np.arange(config.num_experts), config.num_groups)
+
+    def group_score(group: int) -> float:
+        return -float(np.sort(choice[members[group]])[-2:].sum(dtype=np.float32))
+
+    kept = sorted(range(config.num_groups), key=group_score)[: config.top_k_groups]
+    reachable = [e for e in range(config.num_experts) if any(e in members[g] for g in kept)]
+    return sorted(reachable, key=lambda e: -float(choice[e]))[: config.top_k]
+
+
+# Quarters are exact in float32, so that sums tie where they should; all may be negative, below a masked group's 0.
+choices = hnp.arrays(np.float32, (5, 12), elements=st.integers(-8, 4).map(lambda n: n / 4))
+
+
+@pytest.mark.parametrize("config", [GROUPED, UNGROUPED, ALL_GROUPS], ids=["grouped", "ungrouped", "all-groups"])
+@settings(max_examples=40, deadline=None)
+@given(choice=choices)
+def test_selection_is_that_by_hand_with_ties_to_the_lower_index(config, choice):
+    experts = np.asarray(select(choice, config))
+    for token in range(len(choice)):
+        assert experts[token].tolist() == selected_by_hand(choice[token], config)
+
+
+def test_a_group_out_of_reach_is_not_chosen_for_negative_scores():
+    choice = jnp.full(12, -1.0).at[3:6].set(-3.0).at[9:].set(-2.0)
+    assert select(choice, GROUPED).tolist() == [0, 1, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def router():
+    return Router(GROUPED, nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(1), (2, 7, 12))
+
+
+@pytest.fixture(scope="module")
+def bias():
+    return jax.random.normal(jax.random.key(2), (12,)) - 1
+
+
+def test_selection_adds_the_bias_and_weights_do_not(router, x, bias):
+    routing = router(x, bias)
+    logits = np.asarray(x, np.float64) @ np.asarray(router.kernel.get_value(), np.float64)
+    np.testing.assert_allclose(routing.scores, 1 / (1 + np.exp(-logits)), atol=1e-6)
+    choice = np.asarray(routing.scores + bias)
+    for place in np.ndindex(x.shape[:2]):
+        experts = selected_by_hand(choice[place], GROUPED)
+        assert routing.experts[place].tolist() == experts
+        scores = np.asarray(routing.scores)[place][experts]
+        np.testing.assert_allclose(routing.weights[place], 2.5 * scores / scores.sum(), rtol=1e-5)
+    np.testing.assert_allclose(routing.weights.sum(axis=-1), GROUPED.routed_scaling_factor, rtol=1e-5)
+    assert (router(x, jnp.zeros(12)).experts != routing.experts).any()
+
+
+def test_router_is_float32_for_bf16_tokens(router, x, bias):
+    narrow = x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(router(narrow, bias).scores, router(narrow.astype(jnp.float32), bias).scores)
+
+
+def test_bias_gets_no_gradient_and_the_router_does(router, x, bias):
+    graphdef, state = nnx.split(router)
+
+    def loss(state, bias):
+        return (nnx.merge(graphdef, state)(x, bias).weights * jnp.arange(4.0)).sum()
+
+    d_state, d_bias = jax.grad(loss, argnums=(0, 1))(state, bias)
+    assert not d_bias.any()
+    assert d_state.kernel.get_value().any()
+
+
+def balance_by_hand(scores: np.ndarray, config: ModelConfig) -> tuple[float, float]:
+    """Sequence-wise loss, mean over sequences, and the batch-wise one (report 2.1.2), unweighted."""
+
+    def loss(s: np.ndarray) -> float:
+        tokens, total = len(s), 0.0
+        top = [sorted(range(config.num_experts), key=lambda e: -row[e])[: config.top_k] for row in s]
+        for i in range(config.num_experts):
+            f = config.num_experts / (config.top_k * tokens) * sum(i in t for t in top)
+            p = sum(row[i] / row.sum() for row in s) / tokens
+            total += f * p
+        return total
+
+    return float(np.mean([loss(s) for s in scores])), loss(scores.reshape(-1, config.num_experts))
+
+
+@pytest.fixture(scope="module")
+def routing(router, x, bias) -> Routing:
+    return router(x, bias)
+
+
+stats_of = partial(moe_stats, overflow=jnp.zeros((), jnp.int32), config=GROUPED, exchange=LocalExchange())
+
+
+def test_balance_losses_are_the_reports_from_unbiased_scores(routing):
+    stats = stats_of(routing, counted=None)
+    sequence, batch = balance_by_hand(np.asarray(routing.scores, np.float64), GROUPED)
+    np.testing.assert_allclose(stats.sequence_balance, sequence, rtol=1e-5)
+    np.testing.assert_allclose(stats.batch_balance, batch, rtol=1e-5)
+    assert sequence != pytest.approx(batch, rel=1e-3)
+    np.testing.assert_array_equal(stats.load, np.bincount(np.asarray(routing.experts).ravel(), minlength=12))
+
+
+def test_even_scores_have_the_least_balance_loss_of_one():
+    # Token t prefers experts t, t + 1, ... a little: every expert is chosen equally often.
+    scores = jnp.stack([jnp.roll(jnp.array([0.501] * 4 + [0.5] * 8), t) for t in range(12)])[None]
+    routing = Routing(scores, jax.lax.top_k(scores, 4)[1], jnp.ones((1, 12, 4)))
+    stats = stats_of(routing, counted=None)
+    np.testing.assert_allclose([stats.sequence_balance, stats.batch_balance], 1, rtol=1e-4)
+
+
+def test_positions_that_are_not_counted_change_no_statistic(routing):
+    counted = jnp.arange(7) < 5
+    stats = stats_of(routing, counted=counted)
+    shorter = stats_of(jax.tree.map(lambda a: a[:, :5], routing), counted=None)
+    for name in ("load", "sequence_balance", "batch_balance"):
+        np.testing.assert_allclose(getattr(stats, name), getattr(shorter, name), rtol=1e-6)
+    assert int(stats.load.sum()) == 2 * 5 * GROUPED.top_k
+
+
+def test_balance_gradient_reaches_the_scores_through_p_alone(routing):
+    def loss(scores):
+        return stats_of(Routing(scores, routing.experts, routing.weights), counted=None).sequence_balance
+
+    def through_p(scores):
+        top = jax.lax.top_k(routing.scores, GROUPED.top_k)[1]
+        f = jax.nn.one_hot(top, 12).sum(axis=(1, 2)) * 12 / (GROUPED.top_k * 7)
+        return (f * (scores / scores.sum(axis=-1, keepdims=True)).mean(axis=1)).sum(axis=-1).mean()
+
+    np.testing.assert_allclose(jax.grad(loss)(routing.scores), jax.grad(through_p)(routing.scores), atol=1e-7)
+
+
+@nnx.jit
+def run(moe: MoE, x: jax.Array, bias: jax.Array) -> tuple[jax.Array, MoEStats]:
+    return moe(x, bias, LocalExchange())
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_layer_is_the_shared_experts_plus_the_weighted_sum_of_the_selected(shared, x, bias):
+    config = ModelConfig(**SIZES, num_groups=4, top_k_groups=2, top_k=4, num_shared_experts=shared)
+    moe = MoE(config, nnx.Rngs(3))
+    y, stats = run(moe, x, bias)
+    gate_up, down = moe.experts.gate_up.get_value(), moe.experts.down.get_value()
+    every = jnp.stack([swiglu(x @ gate_up[e]) @ down[e] for e in range(12)], axis=2)
+    dense = jnp.zeros(every.shape[:3])
+    for j in range(config.top_k):
+        dense += jax.nn.one_hot(stats.routing.experts[..., j], 12) * stats.routing.weights[..., j, None]
+    expected = (dense[..., None] * every).sum(axis=2)
+    if shared:
+        expected += swiglu(x @ moe.shared.gate_up.kernel.get_value()) @ moe.shared.down.kernel.get_value()
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert int(stats.overflow) == 0
+
+
+def test_no_token_is_dropped_when_all_choose_the_same_experts(x):
+    bias = jnp.zeros(12).at[jnp.array([1, 2, 7, 8])].set(10.0)
+    moe = MoE(GROUPED, nnx.Rngs(3))
+    y, stats = run(moe, x, bias)
+    assert sorted(np.nonzero(stats.load)[0]) == [1, 2, 7, 8]
+    assert set(np.asarray(stats.load)[[1, 2, 7, 8]]) == {14}
+    one_by_one = jnp.concatenate([run(moe, x[:, i : i + 1], bias)[0] for i in range(x.shape[1])], axis=1)
+    np.testing.assert_allclose(y, one_by_one, atol=1e-5)
