@@ -168,7 +168,8 @@ def _accumulate(
 def _over_mesh(report: LossReport, axes: tuple[str, ...]) -> LossReport:
     if not axes:
         return report
-    mean = _map_means(lambda x: jax.lax.pmean(x, axes), report)
+    # XLA's CPU compiler crashes on a collective of nothing, which the MTP losses of a model without MTP are.
+    mean = _map_means(lambda x: jax.lax.pmean(x, axes) if jnp.size(x) else jnp.zeros(x.shape, x.dtype), report)
     total = jax.tree.map(lambda x: jax.lax.psum(x, axes), (report.load, report.overflow))
     return LossReport(**{**_fields(mean), "load": total[0], "overflow": total[1]})
 

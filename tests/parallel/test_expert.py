@@ -1,0 +1,75 @@
+"""The expert exchange over 8 emulated devices computes what one device does on all tokens, however unbalanced."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from dsv3_jax.model.moe import LocalExchange, swiglu
+from dsv3_jax.ops.grouped_matmul import grouped_matmul
+from dsv3_jax.parallel.expert import FlatExchange, buffer_rows
+
+DEVICES, TOKENS, TOP_K, EXPERTS, D, D_FF = 8, 12, 3, 16, 8, 6
+AXES = ("node", "gpu")
+
+
+def experts_fn(weights):
+    def apply(rows, row_weights, tile_group):
+        hidden = swiglu(grouped_matmul(rows, weights["gate_up"], tile_group)) * row_weights[:, None]
+        return grouped_matmul(hidden, weights["down"], tile_group)
+
+    return apply
+
+
+def loss_of(exchange, axes=()):
+    def loss(weights, x, gates, experts, target):
+        y, overflow = exchange.apply(x, experts, gates, experts_fn(weights), EXPERTS)
+        total = (y * target).sum()
+        # Each device differentiates its own share; the gradients of other devices' experts come by the exchange.
+        return total, (y, overflow)
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Compiled (weights, x, gates, experts, target) on 8 devices with room for everything, and on one."""
+    mesh = Mesh(np.asarray(jax.devices()[:DEVICES]).reshape(2, 4), AXES)
+    spec = PartitionSpec(AXES)
+
+    def device(*args):
+        (_, (y, overflow)), gradients = loss_of(FlatExchange(AXES, AXES, float(EXPERTS)))(*args)
+        return y, overflow[None], gradients
+
+    spread = jax.jit(jax.shard_map(device, mesh=mesh, in_specs=spec, out_specs=spec))
+    return spread, jax.jit(loss_of(LocalExchange()))
+
+
+def routing(kind, rng):
+    if kind == "random":
+        return np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(DEVICES * TOKENS)])
+    first = {"first experts": 0, "last experts": EXPERTS - TOP_K}[kind]
+    return np.tile(np.arange(first, first + TOP_K), (DEVICES * TOKENS, 1))
+
+
+@pytest.mark.parametrize("kind", ["random", "first experts", "last experts"])
+def test_output_and_gradients_equal_those_of_one_device(both, kind):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    weights = {"gate_up": normal(EXPERTS, D, 2 * D_FF), "down": normal(EXPERTS, D_FF, D)}
+    x, target = normal(DEVICES * TOKENS, D), normal(DEVICES * TOKENS, D)
+    gates = rng.random((DEVICES * TOKENS, TOP_K), np.float32)
+    experts = routing(kind, rng).astype(np.int32)
+    spread, alone = both
+    y, overflow, gradients = spread(weights, x, gates, experts, target)
+    (_, (expected, _)), expected_gradients = alone(weights, x, gates, experts, target)
+    assert not np.asarray(overflow).any()
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)  # noqa: E731
+    jax.tree.map(compare, gradients, expected_gradients)
+
+
+def test_buffer_is_never_larger_than_what_can_arrive():
+    assert buffer_rows(100, 4, 16, 2, 1.0) == 400
+    assert buffer_rows(100, 4, 16, 2, 1e6) == 8 * 100 * 2
+    assert buffer_rows(100, 4, 16, 8, 1e6) == 2 * 100 * 4
