@@ -1,11 +1,11 @@
-"""Training speed of transformers' DeepSeek-V3 in PyTorch on CPU, in float32: the other side of the comparison.
+"""Training speed of transformers' DeepSeek-V3 in PyTorch on CPU: the other side of the comparison.
 
 Runs in an environment of its own with torch and transformers; it imports nothing of dsv3_jax. One JSON line a variant:
-`{variant, tokens_per_second, step_seconds, losses, parameters, threads, versions}`, or `{variant, error}` where the
-variant does not run. A variant is attention-experts-mode. Without `--variant` all run, one after the other; a process
-of its own for each keeps them apart. The config's MTP modules are not trained: transformers builds the main model
-alone. Large activations are fastest on huge pages that are kept, a setting of the process, for both sides alike:
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000`.
+`{variant, precision, tokens_per_second, step_seconds, losses, parameters, threads, versions}`, or `{variant, precision,
+error}` where the variant does not run. A variant is attention-experts-mode. Without `--variant` all run, one after the
+other; a process of its own for each keeps them apart. Weights are float32; with `--autocast` the forward pass and the
+loss run under bfloat16 autocast. The config's MTP modules are not trained: transformers builds the main model alone.
+How the process allocates memory is for the caller to set, for both sides alike: `run.py` does.
 """
 
 import argparse
@@ -37,7 +37,9 @@ def build(path: Path, attention: str, experts: str) -> transformers.DeepseekV3Fo
     return model.train()
 
 
-def train(model: torch.nn.Module, compiled: bool, batch: int, seq: int, steps: int) -> tuple[list, list]:
+def train(
+    model: torch.nn.Module, compiled: bool, autocast: bool, batch: int, seq: int, steps: int
+) -> tuple[list[float], list[float]]:
     """Trains on random tokens and returns each step's seconds and loss.
 
     A step is: forward, cross-entropy of `batch * seq` predicted tokens, backward, clipping to norm 1, AdamW.
@@ -45,8 +47,10 @@ def train(model: torch.nn.Module, compiled: bool, batch: int, seq: int, steps: i
     vocab = model.config.vocab_size
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.view(-1, vocab), tokens[:, 1:].reshape(-1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+            # in float32, as transformers' own loss is
+            return F.cross_entropy(logits.float().view(-1, vocab), tokens[:, 1:].reshape(-1))
 
     if compiled:
         loss_of = torch.compile(loss_of)
@@ -69,11 +73,12 @@ def train(model: torch.nn.Module, compiled: bool, batch: int, seq: int, steps: i
 def measure(args: argparse.Namespace, variant: str) -> dict:
     """The record of one variant; a variant that cannot run gives its error instead."""
     attention, experts, mode = variant.split("-")
-    record = {"variant": variant}
+    record = {"variant": variant, "precision": "bf16" if args.autocast else "fp32"}
     torch.compiler.reset()
     try:
         model = build(args.config_json, attention, experts)
-        seconds, losses = train(model, mode == "compile", args.batch, args.seq, args.warmup + args.steps)
+        steps = args.warmup + args.steps
+        seconds, losses = train(model, mode == "compile", args.autocast, args.batch, args.seq, steps)
     except Exception as error:  # a variant this build of torch cannot run is a result, whatever it raises
         return record | {"error": f"{type(error).__name__}: {error}"}
     seconds = seconds[args.warmup :]
@@ -102,6 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-gib", type=int, default=12, help="a variant that needs more fails, and says so")
     parser.add_argument("--variant", choices=VARIANTS)
+    parser.add_argument("--autocast", action="store_true", help="forward pass and loss under bfloat16 autocast")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     # batched_mm copies an expert's weights for every token: without a limit it takes the machine down
