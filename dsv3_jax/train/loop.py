@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 import time
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -85,20 +86,20 @@ def train(config: Config, console: Console | None = None) -> Finished:
     Raises ConfigError for settings that cannot work together, and TrainingError when steps stay non-finite.
     """
     mesh = make_mesh(config)
-    checkpoints = Checkpoints(config.output_dir, config.checkpoint)
-    if config.resume == "never" and checkpoints.steps():
-        raise ConfigError(
-            f"output_dir={config.output_dir!r}: already holds a run at step {checkpoints.steps()[0]}; continue it with "
-            "resume=auto, or choose another folder"
-        )
-    text = open_text(config)
-    restored = checkpoints.restore_newest(config, abstract_state(config, mesh))
-    run = _Run(config, mesh, text, checkpoints, restored)
-    resumed = None if restored is None else restored.step
-    with _Stop() as stop, _reporter(config, resumed, console) as reporter:
-        reporter.message(_opening(config, mesh, text, resumed))
-        interrupted = run.take_steps(stop, reporter)
-    checkpoints.close()
+    # Closed even after an error, so that the last save is complete.
+    with closing(Checkpoints(config.output_dir, config.checkpoint)) as checkpoints:
+        if config.resume == "never" and checkpoints.steps():
+            raise ConfigError(
+                f"output_dir={config.output_dir!r}: already holds a run at step {checkpoints.steps()[0]}; continue it "
+                "with resume=auto, or choose another folder"
+            )
+        text = open_text(config)
+        restored = checkpoints.restore_newest(config, abstract_state(config, mesh))
+        run = _Run(config, mesh, text, checkpoints, restored)
+        resumed = None if restored is None else restored.step
+        with _Stop() as stop, _reporter(config, resumed, console) as reporter:
+            reporter.message(_opening(config, mesh, text, resumed))
+            interrupted = run.take_steps(stop, reporter)
     return Finished(run.state, run.average, text, mesh, run.progress, interrupted)
 
 
