@@ -106,7 +106,7 @@ def override(config: Config, settings: list[str], prog: str) -> Config:
         default=config,
         args=settings,
         prog=prog,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
 
