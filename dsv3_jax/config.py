@@ -61,7 +61,7 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a DeepSeek-V3 model (report 4.2). The defaults are the tiny model of `configs/tiny.py`."""
+    """Sizes of a DeepSeek-V3 model (report 4.2). The defaults are small enough for a laptop."""
 
     vocab_size: int = 4096
     """Rows of the embedding and of the output head."""

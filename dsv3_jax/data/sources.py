@@ -235,7 +235,8 @@ def open_source(data: DataConfig) -> Source:
     bad: dict[str, str] = {}
     if data.source == "stdlib":
         paths = _files(Path(sysconfig.get_path("stdlib")), STDLIB_SKIPPED, bad)
-        paths = [path for path in paths if path.suffix == ".py"]
+        # Many packages have an empty __init__.py, which is no document.
+        paths = [path for path in paths if path.suffix == ".py" and path.stat().st_size]
     else:
         root = Path(data.source).expanduser()
         if not root.exists():

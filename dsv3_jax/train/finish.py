@@ -2,40 +2,27 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.checkpoint.pretrained import PretrainedModel
+from dsv3_jax.config import Config
 from dsv3_jax.data.pipeline import train_rows
 from dsv3_jax.evaluate.bigram import fit_bigram
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.model.transformer import RouterBias
 from dsv3_jax.ops.weights import Params, cast_weights
 from dsv3_jax.parallel.mesh import batch_axes
 from dsv3_jax.train.loop import Finished, Text
 from dsv3_jax.train.pictures import draw_curves, draw_expert_load
-from dsv3_jax.train.state import model_structure
 from dsv3_jax.train.step import make_evaluation
 
 # More rows than this say nothing new about a bigram.
 _BIGRAM_TOKENS = 50_000_000
 _PROMPT_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A model as `generate` takes it."""
-
-    config: ModelConfig
-    graphdef: nnx.GraphDef
-    params: Params
-    router_bias: RouterBias
 
 
 def finish(config: Config, run: Finished, console: Console) -> dict[str, float | int | str | None]:
@@ -100,7 +87,7 @@ def _bigram(config: Config, run: Finished) -> dict[str, float | int]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    count = min(run.progress.rows, _BIGRAM_TOKENS // config.batch.seq_len)
+    count = min(run.rows_taken, _BIGRAM_TOKENS // config.batch.seq_len)
     rows = np.stack([next(again) for _ in range(count)])
     loss = fit_bigram(rows, config.model.vocab_size).loss(run.text.validation)
     return {"bigram_loss": loss, "bigram_bits_per_byte": bits_per_byte(loss, run.text), "bigram_tokens": rows.size}
@@ -108,11 +95,10 @@ def _bigram(config: Config, run: Finished) -> dict[str, float | int]:
 
 def _sample(config: Config, run: Finished) -> dict[str, str]:
     """A completion of the beginning of a held-out row."""
-    graphdef, _ = model_structure(config.model)
     everywhere = NamedSharding(run.mesh, PartitionSpec())
     cast = jax.jit(lambda p: cast_weights(p, config.precision), out_shardings=everywhere)
     params, bias = jax.device_get((cast(run.state.params), run.state.router_bias))
-    model = Weights(config.model, graphdef, params, bias)
+    model = PretrainedModel(config.model, params, bias)
     prompt = run.text.validation[:1, : min(_PROMPT_TOKENS, config.batch.seq_len // 2)]
     new_tokens = min(config.log.sample_tokens, config.model.max_length - prompt.shape[1])
     tokens = generate(model, prompt, new_tokens, temperature=0.7, seed=config.seed, stop_token=run.text.tokenizer.eos)

@@ -5,7 +5,7 @@ import logging
 import signal
 import time
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from rich.console import Console
 
@@ -23,7 +23,8 @@ from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.data.pipeline import TrainRows, train_rows, validation_rows
 from dsv3_jax.data.sources import Source, open_source
 from dsv3_jax.data.tokenizer import Tokenizer, load_or_train
-from dsv3_jax.parallel.mesh import batch_axes, make_mesh
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.train.batches import Batches
 from dsv3_jax.train.ema import HostAverage
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.report import Reporter
@@ -77,6 +78,8 @@ class Finished:
     text: Text
     mesh: Mesh
     progress: Progress
+    rows_taken: int
+    """Rows that this process has trained on."""
     interrupted: bool
 
 
@@ -100,7 +103,7 @@ def train(config: Config, console: Console | None = None) -> Finished:
         with _Stop() as stop, _reporter(config, resumed, console) as reporter:
             reporter.message(_opening(config, mesh, text, resumed))
             interrupted = run.take_steps(stop, reporter)
-    return Finished(run.state, run.average, text, mesh, run.progress, interrupted)
+    return Finished(run.state, run.average, text, mesh, run.progress, run.batches.rows_taken, interrupted)
 
 
 def open_text(config: Config) -> Text:
@@ -146,6 +149,7 @@ class _Run:
             start = self.state.params if restored.average is None else restored.average
             self.average = HostAverage(start, decay) if decay else None
             self._restore_data()
+        self.batches = Batches(text.rows, config.batch, mesh, self.progress.rows)
         self.throughput.tokens = self.progress.tokens
         self.throughput.device_seconds = self.progress.device_seconds
         self._steps: dict[float, Step] = {}
@@ -175,10 +179,10 @@ class _Run:
         config, progress = self.config, self.progress
         sequences = config.batch.sequences_at(progress.tokens)
         started = time.perf_counter()
-        tokens = self._next_batch(sequences)
+        tokens = self.batches.take(sequences)
         knobs, shown = _knobs(config, progress.tokens)
-        report = self._apply(tokens, knobs)
         taken = sequences * config.batch.seq_len
+        report = self._apply(tokens, knobs, config.batch.sequences_at(progress.tokens + taken))
         finite = bool(report.applied)
         if finite and self.average is not None:
             self.average.update(self.state.params)
@@ -189,13 +193,14 @@ class _Run:
         progress.device_seconds = self.throughput.device_seconds
         return _row(progress, report, shown, timing)
 
-    def _apply(self, tokens: Array, knobs: Knobs) -> StepReport:
+    def _apply(self, tokens: Array, knobs: Knobs, next_sequences: int) -> StepReport:
         """One step; again with a larger buffer where the expert exchange overflowed, so that no token is lost."""
         while True:
             factor = self.progress.buffer_factor
             if factor not in self._steps:
                 self._steps = {factor: make_step(self.config, self.mesh, factor)}
             self.state, report = self._steps[factor](self.state, tokens, knobs)
+            self._gather_ahead(next_sequences)
             report = jax.device_get(report)
             overflow = int(report.losses.overflow)
             if not overflow:
@@ -206,15 +211,10 @@ class _Run:
                 self.progress.step + 1, overflow, 2 * factor,
             )  # fmt: skip
 
-    def _next_batch(self, sequences: int) -> Int[Array, "microbatches rows seq"]:
-        """The next rows of all processes, as one array split over the mesh."""
-        batch = self.config.batch
-        share = sequences // jax.process_count()
-        local = np.stack([next(self.text.rows) for _ in range(share)])
-        self.progress.rows += share
-        microbatches = sequences // batch.rows_per_microbatch
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, batch_axes(self.mesh)))
-        return jax.make_array_from_process_local_data(sharding, local.reshape(microbatches, -1, batch.seq_len))
+    def _gather_ahead(self, sequences: int) -> None:
+        """Read the next rows while the devices are busy; there is none after the last step."""
+        if self.progress.step + 1 < self.config.steps and not self.batches.is_ahead:
+            self.batches.gather(sequences)
 
     def _refuse_endless_failure(self) -> None:
         bad, most = self.progress.bad_steps, self.config.max_bad_steps
@@ -230,9 +230,10 @@ class _Run:
         return step % self.config.checkpoint.every == 0 or step == self.config.steps
 
     def _save(self) -> None:
-        self.progress.data = _all_processes(self.text.rows.get_state())
+        self.progress.data = _all_processes(self.batches.state)
+        self.progress.rows = self.batches.rows_taken
         average = None if self.average is None else self.average.params()
-        self.checkpoints.save(self.progress.step, self.config, self.state, average, vars(self.progress))
+        self.checkpoints.save(self.progress.step, self.config, self.state, average, asdict(self.progress))
 
     def _restore_data(self) -> None:
         states = self.progress.data
