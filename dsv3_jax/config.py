@@ -205,10 +205,13 @@ class DataConfig:
     """Share of documents rearranged as prefix-suffix-middle."""
     split_rate: float = 0.1
     """Share of merged punctuation tokens that are split at random."""
+    shuffle_rows: int = 256
+    """Rows shuffled among each other, since consecutive rows often come from one document; 1 keeps their order."""
     validation_share: float = 0.02
     """Share of documents held out, chosen by a hash of their content."""
 
     def __post_init__(self) -> None:
+        _require(self.shuffle_rows > 0, "data.shuffle_rows", self.shuffle_rows, "must be positive; 1 keeps the order")
         _require(bool(self.source), "data.source", self.source, "name a folder, a file, or 'stdlib'")
         for name in ("fim_rate", "split_rate"):
             value = getattr(self, name)

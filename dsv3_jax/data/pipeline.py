@@ -63,7 +63,8 @@ def train_rows(
     """Endless int32 rows of `seq_len` tokens of the training documents, for one process out of `process_count`.
 
     Each epoch shuffles all documents anew; a process takes every `process_count`-th of them, packs them without loss
-    and lets the end of an epoch flow into the next. FIM and splitting depend on seed, epoch and document alone.
+    and lets the end of an epoch flow into the next. Rows are then shuffled within windows. FIM and splitting depend on
+    seed, epoch and document alone.
 
     Raises:
         ConfigError: the seed is out of range, or this process has no document to train on.
@@ -85,9 +86,12 @@ def train_rows(
             f"{len(source)} documents ({len(source.bad_documents)} are bad); give more, or lower data.validation_share"
         )
     rows = PackRows(documents.repeat().to_iter_dataset(READ_AHEAD), seq_len)
+    if data.shuffle_rows > 1:
+        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=data.shuffle_rows, seed=seed)
     stream = {
         "seq_len": seq_len,
         "seed": seed,
+        "shuffle_rows": data.shuffle_rows,
         "process_index": process_index,
         "process_count": process_count,
         "documents": len(source),

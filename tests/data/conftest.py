@@ -29,6 +29,7 @@ def data(tmp_path_factory, documents):
         fim_rate=0.5,
         split_rate=0.3,
         validation_share=0.2,
+        shuffle_rows=1,
     )
 
 

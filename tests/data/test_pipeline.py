@@ -73,9 +73,22 @@ def test_processes_share_an_epoch_and_treat_a_document_as_one_process_would(data
     assert len({invert_fim(ids, tokenizer) for ids in chain(*shares)}) == len(source)
 
 
-@given(st.integers(0, 300), st.integers(2, 70), st.integers(0, 3))
-@settings(deadline=None, max_examples=15)
-def test_a_restored_iterator_continues_exactly(data, source, tokenizer, position, seq_len, seed):
+def test_rows_are_shuffled_within_windows_and_none_is_lost(data, source, tokenizer):
+    def rows(window):
+        settings = dataclasses.replace(data, shuffle_rows=window)
+        return [tuple(row) for row in islice(train_rows(settings, source, tokenizer, seq_len=16, seed=0), 60)]
+
+    in_order, shuffled = rows(1), rows(20)
+    assert shuffled != in_order
+    for start in (0, 20, 40):
+        assert sorted(shuffled[start : start + 20]) == sorted(in_order[start : start + 20])
+
+
+@given(st.integers(0, 300), st.integers(2, 70), st.integers(0, 3), st.sampled_from([1, 2, 50]))
+@settings(deadline=None, max_examples=20)
+def test_a_restored_iterator_continues_exactly(data, source, tokenizer, position, seq_len, seed, window):
+    data = dataclasses.replace(data, shuffle_rows=window)
+
     def rows():
         return train_rows(data, source, tokenizer, seq_len=seq_len, seed=seed)
 
@@ -85,7 +98,7 @@ def test_a_restored_iterator_continues_exactly(data, source, tokenizer, position
     state = json.loads(json.dumps(saved.get_state()))
     restored = rows()
     restored.set_state(state)
-    np.testing.assert_array_equal(list(islice(restored, 10)), list(islice(saved, 10)))
+    np.testing.assert_array_equal(list(islice(restored, 60)), list(islice(saved, 60)))
     assert restored.get_state() == saved.get_state()
     assert len(json.dumps(state)) < 500
 
@@ -100,7 +113,7 @@ def test_bad_documents_are_counted_and_the_rest_trained_on(tmp_path, tokenizer):
     good = [f"document number {i}" for i in range(20)]
     lines = [line for text in good for line in (json.dumps({"text": text}), "{broken")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    data = DataConfig(source=str(tmp_path / "a.jsonl"), fim_rate=0.0, validation_share=0.01)
+    data = DataConfig(source=str(tmp_path / "a.jsonl"), fim_rate=0.0, validation_share=0.01, shuffle_rows=1)
     source, expected = open_source(data), _training(good, data)
     found = _documents(train_rows(data, source, tokenizer, seq_len=16, seed=0), tokenizer, len(expected))
     assert sorted(tokenizer.decode(ids) for ids in found) == sorted(expected)
