@@ -205,7 +205,7 @@ class DataConfig:
     """Share of documents rearranged as prefix-suffix-middle."""
     split_rate: float = 0.1
     """Share of merged punctuation tokens that are split at random."""
-    shuffle_rows: int = 256
+    shuffle_rows: int = 1024
     """Rows shuffled among each other, since consecutive rows often come from one document; 1 keeps their order."""
     validation_share: float = 0.02
     """Share of documents held out, chosen by a hash of their content."""

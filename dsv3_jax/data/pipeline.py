@@ -16,6 +16,13 @@ from dsv3_jax.data.tokenizer import Tokenizer
 
 # Documents are read and tokenized ahead; the state is that of the rows delivered.
 READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+# What a stream of rows depends on, as the user names it.
+_SETTINGS = {
+    "seq_len": "batch.seq_len",
+    "shuffle_rows": "data.shuffle_rows",
+    "documents": "number of documents in data.source",
+    "vocab_size": "size of data.tokenizer",
+}
 
 
 def document_tokens(
@@ -42,11 +49,16 @@ class TrainRows(Iterator[Int32[np.ndarray, " seq"]]):
         return {"stream": self._stream, "place": self._rows.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken; raises ValueError if it was taken from another stream of rows."""
+        """Continues where `state` was taken; raises ConfigError if it was taken from another stream of rows."""
         changed = [name for name, value in self._stream.items() if state["stream"].get(name) != value]
         if changed:
-            was, now = ({name: stream.get(name) for name in changed} for stream in (state["stream"], self._stream))
-            raise ValueError(f"the data iterator was saved with {was} and cannot go on with {now}: keep them the same")
+            now, then = (
+                ", ".join(f"{_SETTINGS.get(name, name)}={stream.get(name)!r}" for name in changed)
+                for stream in (self._stream, state["stream"])
+            )
+            raise ConfigError(
+                f"{now}: the place in the data was saved with {then}; keep that, or start anew in another output_dir"
+            )
         self._rows.set_state(state["place"])
 
 
@@ -88,6 +100,8 @@ def train_rows(
     rows = PackRows(documents.repeat().to_iter_dataset(READ_AHEAD), seq_len)
     if data.shuffle_rows > 1:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=data.shuffle_rows, seed=seed)
+    # A thread fills the next window while the devices train on this one; the state is still that of the rows delivered.
+    rows = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=data.shuffle_rows)
     stream = {
         "seq_len": seq_len,
         "seed": seed,

@@ -181,8 +181,8 @@ class _Run:
         started = time.perf_counter()
         tokens = self.batches.take(sequences)
         knobs, shown = _knobs(config, progress.tokens)
+        report = self._apply(tokens, knobs)
         taken = sequences * config.batch.seq_len
-        report = self._apply(tokens, knobs, config.batch.sequences_at(progress.tokens + taken))
         finite = bool(report.applied)
         if finite and self.average is not None:
             self.average.update(self.state.params)
@@ -193,14 +193,13 @@ class _Run:
         progress.device_seconds = self.throughput.device_seconds
         return _row(progress, report, shown, timing)
 
-    def _apply(self, tokens: Array, knobs: Knobs, next_sequences: int) -> StepReport:
+    def _apply(self, tokens: Array, knobs: Knobs) -> StepReport:
         """One step; again with a larger buffer where the expert exchange overflowed, so that no token is lost."""
         while True:
             factor = self.progress.buffer_factor
             if factor not in self._steps:
                 self._steps = {factor: make_step(self.config, self.mesh, factor)}
             self.state, report = self._steps[factor](self.state, tokens, knobs)
-            self._gather_ahead(next_sequences)
             report = jax.device_get(report)
             overflow = int(report.losses.overflow)
             if not overflow:
@@ -210,11 +209,6 @@ class _Run:
                 "step %d: %d rows exceeded the expert buffer; run again with expert_buffer_factor=%g",
                 self.progress.step + 1, overflow, 2 * factor,
             )  # fmt: skip
-
-    def _gather_ahead(self, sequences: int) -> None:
-        """Read the next rows while the devices are busy; there is none after the last step."""
-        if self.progress.step + 1 < self.config.steps and not self.batches.is_ahead:
-            self.batches.gather(sequences)
 
     def _refuse_endless_failure(self) -> None:
         bad, most = self.progress.bad_steps, self.config.max_bad_steps
