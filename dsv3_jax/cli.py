@@ -16,7 +16,7 @@ from dsv3_jax.config import Config, ConfigError
 
 # XLA's CPU backend asks for and returns large buffers in every step. Large pages, and memory that stays with the
 # process, spare it most page faults: a training step is about twice as fast.
-_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=100000000000"
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=100000000000"
 
 _TRAIN_EPILOG = """Settings follow the config file: --steps 40 --output-dir DIR --checkpoint.every 10 --resume auto
 --optimizer.peak-lr 3e-4. `dsv3 train CONFIG --help` lists them all."""
@@ -174,7 +174,7 @@ def _help(arguments: argparse.Namespace, command: str) -> int:
 def _prepare_process(config: Config) -> None:
     """What has to be set before jax is first used: memory, and emulated devices."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": _MALLOC})
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": MALLOC})
     import jax
 
     if config.parallel.devices is not None:

@@ -18,15 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dsv3_jax.checkpoint.huggingface_config import config_to_hf
-from dsv3_jax.cli import load_config
+from dsv3_jax.cli import MALLOC, load_config
 from dsv3_jax.config import BatchConfig, Config, ParallelConfig
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parents[1] / "configs" / "tiny.py"
 OURS = "dsv3_jax"
 PEERS = ("eager-eager-plain", "eager-grouped_mm-plain", "eager-grouped_mm-compile")
-# What `dsv3 train` sets for itself: large pages, and memory that stays with the process.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=100000000000"
 
 
 @dataclass(frozen=True)
