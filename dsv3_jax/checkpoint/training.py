@@ -54,30 +54,33 @@ class Checkpoints:
             items["average"] = ocp.args.StandardSave(average)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
-    def restore_newest(self, config: Config, abstract: TrainState) -> Restored | None:
+    def restore_newest(self, config: Config, abstract: TrainState, *, set_aside: bool = True) -> Restored | None:
         """The newest checkpoint that reads back, onto the shardings of `abstract`; None where there is none.
 
-        One that does not read is reported and moved aside. Raises ConfigError if the model's sizes changed, or if no
-        checkpoint reads.
+        One that does not read is reported, and moved aside unless `set_aside` is False, as for a reader of another's
+        run. Raises ConfigError if the model's sizes changed, or if no checkpoint reads. Lack of memory is no damage and
+        propagates.
         """
         steps = self.steps()
         for step in steps:
-            # Any failure to read means the same: use the one before.
-            try:
-                saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-            except Exception as error:
-                self._set_aside(step, error)
-                continue
-            _check_same_model(saved, config, self.folder / str(step))
             try:
                 return self._restore(step, config, abstract)
+            except ConfigError:
+                raise
+            # Any other failure to read means the same: use the one before.
             except Exception as error:
-                self._set_aside(step, error)
+                if _is_out_of_memory(error):
+                    raise
+                self._report_unreadable(step, error, set_aside)
         if steps:
-            raise ConfigError(f"none of the {len(steps)} checkpoints in {self.folder} reads back: use a new output_dir")
+            raise ConfigError(
+                f"none of the {len(steps)} checkpoints in {self.folder} reads back: use another output_dir"
+            )
         return None
 
     def _restore(self, step: int, config: Config, abstract: TrainState) -> Restored:
+        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        _check_same_model(saved, config, self.folder / str(step))
         keeps_average = config.optimizer.ema_decay is not None
         items = {
             "state": ocp.args.StandardRestore(abstract),
@@ -88,14 +91,17 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         return Restored(step, found.state, found.get("average"), found.progress)
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        """Keep the files, out of the way of a later save of this step."""
-        broken = self.folder / str(step)
-        target = self.folder.parent / "unreadable" / f"{step}"
+    def _report_unreadable(self, step: int, error: Exception, set_aside: bool) -> None:
         reason = " ".join(str(error).split())[:300]
-        logger.warning(
-            "checkpoint %s does not read back (%s): moved to %s, trying the one before", broken, reason, target
-        )
+        target = self.folder.parent / "unreadable" / f"{step}"
+        moved = f"moved to {target}, " if set_aside else ""
+        broken = self.folder / str(step)
+        logger.warning("checkpoint %s does not read back (%s): %strying the one before", broken, reason, moved)
+        if set_aside:
+            self._move(broken, target)
+
+    def _move(self, broken: Path, target: Path) -> None:
+        """Keep the files, out of the way of a later save of this step."""
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
@@ -121,3 +127,8 @@ def _check_same_model(saved: Json, config: Config, folder: Path) -> None:
                 f"{section}.{name}={value!r}: {folder} was made with {then.get(name)!r}; keep that, or use a new "
                 "output_dir"
             )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    on_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return on_device or isinstance(error, MemoryError)

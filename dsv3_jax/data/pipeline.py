@@ -52,12 +52,13 @@ class TrainRows(Iterator[Int32[np.ndarray, " seq"]]):
         """Continues where `state` was taken; raises ConfigError if it was taken from another stream of rows."""
         changed = [name for name, value in self._stream.items() if state["stream"].get(name) != value]
         if changed:
-            now, then = (
-                ", ".join(f"{_SETTINGS.get(name, name)}={stream.get(name)!r}" for name in changed)
-                for stream in (self._stream, state["stream"])
+            then, now = (
+                {_SETTINGS.get(name, name): stream.get(name) for name in changed}
+                for stream in (state["stream"], self._stream)
             )
             raise ConfigError(
-                f"{now}: the place in the data was saved with {then}; keep that, or start anew in another output_dir"
+                f"the place in the data was saved with {then} and means nothing with {now}: keep what it was saved "
+                "with, or start anew in another output_dir"
             )
         self._rows.set_state(state["place"])
 

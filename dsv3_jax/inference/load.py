@@ -1,6 +1,7 @@
 """A model and its tokenizer, from the output folder of a run or from a folder in the public layout."""
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -61,9 +62,10 @@ def convert_to_hf(folder: str | Path, output: str | Path, dtype: str, *, average
 
 def _load_run(folder: Path, dtype: str | None, average: bool) -> PretrainedModel:
     config = _saved_config(folder)
-    checkpoints = Checkpoints(folder, config.checkpoint)
-    restored = checkpoints.restore_newest(config, abstract_state(config, make_mesh(config)))
-    checkpoints.close()
+    abstract = abstract_state(config, make_mesh(config))
+    with closing(Checkpoints(folder, config.checkpoint)) as checkpoints:
+        # The run may go on meanwhile, and others may read: its files stay where they are.
+        restored = checkpoints.restore_newest(config, abstract, set_aside=False)
     if restored is None:
         raise ConfigError(f"{folder}/checkpoints: holds no complete checkpoint; let the run reach its first one")
     if average and restored.average is None:
