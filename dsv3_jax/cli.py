@@ -18,8 +18,8 @@ from dsv3_jax.config import Config, ConfigError
 # process, spare it most page faults: a training step is about twice as fast.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=100000000000"
 
-_TRAIN_EPILOG = """Settings follow the config file: --steps 40 --output-dir DIR --checkpoint.every 10 --resume auto
---optimizer.peak-lr 3e-4. `dsv3 train CONFIG --help` lists them all."""
+_SETTINGS_HELP = """Settings follow the config file: --steps 40 --output-dir DIR --checkpoint.every 10 --resume auto
+--optimizer.peak-lr 3e-4. `dsv3 {command} CONFIG --help` lists them all."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown argument {rest[0]}; `dsv3 {arguments.command} --help` lists what there is")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("dsv3_jax").setLevel(logging.INFO)
+    # A checkpoint that does not read fails in several tasks at once: we report the first, asyncio would print the rest.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         return arguments.run(arguments, rest)
     except (ConfigError, FileNotFoundError, FileExistsError) as error:
@@ -52,10 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, takes_settings=takes_settings)
         return sub
 
-    train = command("train", _train, "train a model", True, add_help=False, epilog=_TRAIN_EPILOG)
-    train.add_argument("config", help="a config file, such as configs/tiny.py")
+    train = command("train", _train, "train a model", True, add_help=False)
+    train.add_argument("config", nargs="?", help="a config file, such as configs/tiny.py")
     plan = command("plan", _plan, "print parameters, FLOPs and memory of a config", True, add_help=False)
-    plan.add_argument("config", help="a config file, such as configs/v3_671b.py")
+    plan.add_argument("config", nargs="?", help="a config file, such as configs/v3_671b.py")
 
     generate = command("generate", _generate, "continue a text with a trained or a published model")
     generate.add_argument("folder", help="output folder of a run, or a folder in the public DeepSeek-V3 layout")
@@ -111,8 +113,8 @@ def override(config: Config, settings: list[str], prog: str) -> Config:
 
 
 def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
-    if arguments.config in ("-h", "--help"):
-        return _help(arguments, "train")
+    if arguments.config is None:
+        return _without_config("train", settings)
     config = override(load_config(arguments.config), settings, f"dsv3 train {arguments.config}")
     _prepare_process(config)
     from rich.console import Console
@@ -128,8 +130,8 @@ def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
 
 
 def _plan(arguments: argparse.Namespace, settings: list[str]) -> int:
-    if arguments.config in ("-h", "--help"):
-        return _help(arguments, "plan")
+    if arguments.config is None:
+        return _without_config("plan", settings)
     from dsv3_jax.planner.report import print_plan
 
     print_plan(override(load_config(arguments.config), settings, f"dsv3 plan {arguments.config}"))
@@ -166,8 +168,11 @@ def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _help(arguments: argparse.Namespace, command: str) -> int:
-    print(f"usage: dsv3 {command} CONFIG [settings]\n\n{_TRAIN_EPILOG}")
+def _without_config(command: str, settings: list[str]) -> int:
+    """The usage, or what is missing."""
+    if not {"-h", "--help"} & set(settings):
+        raise ConfigError(f"dsv3 {command} needs a config file; the shipped ones are in configs/")
+    print(f"usage: dsv3 {command} CONFIG [settings]\n\n{_SETTINGS_HELP.format(command=command)}")
     return 0
 
 
