@@ -30,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown argument {rest[0]}; `dsv3 {arguments.command} --help` lists what there is")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("dsv3_jax").setLevel(logging.INFO)
-    # A checkpoint that does not read fails in several tasks at once: we report the first, asyncio would print the rest.
+    # A checkpoint that does not read fails in several tasks at once: we report the first, others would print the rest.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
     try:
         return arguments.run(arguments, rest)
     except (ConfigError, FileNotFoundError, FileExistsError) as error:
@@ -185,6 +186,12 @@ def _prepare_process(config: Config) -> None:
     if config.parallel.devices is not None:
         # Only the CPU backend reads this.
         jax.config.update("jax_num_cpu_devices", config.parallel.devices)
+
+
+def _report_unraisable(report: "sys.UnraisableHookArgs") -> None:
+    """As usual, but for reads that come back after the restore that wanted them has failed."""
+    if not str(report.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
+        sys.__unraisablehook__(report)
 
 
 def _fail(message: str, status: int = 2) -> int:
