@@ -43,9 +43,6 @@ class MoEStats:
 class Exchange(Protocol):
     """Takes tokens to the devices that hold their experts and back. `LocalExchange` is the one of a single device."""
 
-    def experts_here(self, num_experts: int) -> int:
-        """Experts this device holds."""
-
     def apply(
         self,
         x: Float[Array, "tokens d"],
@@ -62,10 +59,6 @@ class Exchange(Protocol):
 
 class LocalExchange:
     """All experts and all tokens on this device: nothing to exchange."""
-
-    def experts_here(self, num_experts: int) -> int:
-        """All of them."""
-        return num_experts
 
     def apply(
         self,

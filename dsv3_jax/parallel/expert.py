@@ -37,10 +37,6 @@ class FlatExchange:
     buffer_factor: float
     """Rows a device can receive, over a balanced load."""
 
-    def experts_here(self, num_experts: int) -> int:
-        """An equal share of the experts."""
-        return num_experts // jax.lax.axis_size(self.expert_axes)
-
     def total(self, x: Array) -> Array:
         """Sum over all devices that share the batch."""
         return jax.lax.psum(x, self.batch_axes)
@@ -54,7 +50,7 @@ class FlatExchange:
         num_experts: int,
     ) -> tuple[Float[Array, "tokens d"], Int[Array, ""]]:
         """Dispatch, run this device's experts, combine; and the rows that the receiving buffers had no room for."""
-        here = self.experts_here(num_experts)
+        here = num_experts // jax.lax.axis_size(self.expert_axes)
         slots = checkpoint_name(assign_slots(experts, num_experts, tile=1), "routing")
         buffer = buffer_rows(x.shape[0], experts.shape[1], num_experts, here, self.buffer_factor)
         plan, received_expert, overflow = checkpoint_name(
