@@ -13,8 +13,8 @@ def grouped_matmul(
     """Rows times the weight of their group, in the type of x.
 
     weight is [groups, k, n]; rows come as tiles of rows // tiles, sorted by group, each tile of the one group that
-    `tile_group` says (see `ops.permute.assign_slots`). Rows that hold nothing must be zero. The gradient of a
-    `MixedWeight` is float32.
+    `tile_group` says (see `ops.permute.assign_slots`), or of none where it says `groups`. Rows that hold nothing must
+    be zero. The gradient of a `MixedWeight` is float32.
     """
     if isinstance(weight, MixedWeight):
         return _grouped(x, weight.value, weight.slot, tile_group)

@@ -17,7 +17,7 @@ class Slots:
     """Where each (token, choice) stands among the rows, and the reverse.
 
     `slot_of` is out of range (the number of rows) for a choice that has no slot, `token_of` (the number of tokens)
-    for a row that holds none.
+    for a row that holds none, `tile_group` (the number of groups) for a tile without rows.
     """
 
     slot_of: Int[Array, "tokens k"]
@@ -60,7 +60,7 @@ def assign_slots(
     return Slots(
         slot_of=slot_of,
         token_of=choice_at // k,
-        tile_group=jnp.minimum(tile_group, num_groups - 1).astype(jnp.int32),
+        tile_group=tile_group.astype(jnp.int32),
         sizes=sizes.astype(jnp.int32),
     )
 

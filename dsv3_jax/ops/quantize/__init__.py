@@ -1,0 +1,33 @@
+"""Tensors in FP8 with fine-grained scales."""
+
+from dsv3_jax.ops.quantize.api import (
+    quantize_blocks,
+    quantize_both,
+    quantize_columns,
+    quantize_rows,
+    retile,
+    rms_norm_quantize,
+    swiglu_quantize,
+    swiglu_quantize_backward,
+)
+from dsv3_jax.ops.quantize.formats import TILE, Blocked, SwiGLUBackward, Tiled
+from dsv3_jax.ops.quantize.reference import dequantize, dequantize_blocks, dequantize_e5m6, quantize_e5m6
+
+__all__ = [
+    "TILE",
+    "Blocked",
+    "SwiGLUBackward",
+    "Tiled",
+    "dequantize",
+    "dequantize_blocks",
+    "dequantize_e5m6",
+    "quantize_blocks",
+    "quantize_both",
+    "quantize_columns",
+    "quantize_e5m6",
+    "quantize_rows",
+    "retile",
+    "rms_norm_quantize",
+    "swiglu_quantize",
+    "swiglu_quantize_backward",
+]
