@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ class Config:
     band: int = 8
     """Tiles are walked in bands of so many rows of tiles, so that operands are still in L2."""
 
+    cluster: int = 1
+    """Neighbouring blocks that share the rows they read: 1 or 2."""
+
     @property
     def warpgroups(self) -> int:
         """Compute warpgroups."""
@@ -36,6 +40,19 @@ class Config:
     def registers(self) -> tuple[int, int]:
         """Of a thread of a compute warpgroup, and of the producer."""
         return (232, 40) if self.warpgroups == 2 else (160, 24)
+
+
+def refusal() -> str | None:
+    """Why kernels for Hopper cannot run here; None where they can."""
+    if jax.default_backend() != "gpu":
+        return f"needs a Hopper GPU, the backend is {jax.default_backend()}"
+    capability = jax.devices()[0].compute_capability
+    return None if capability == "9.0" else f"needs a Hopper GPU (compute capability 9.0), not {capability}"
+
+
+def multiprocessors() -> int:
+    """Of the GPU that kernels run on."""
+    return jax.devices()[0].core_count
 
 
 def operand(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -77,37 +94,43 @@ def producer_and_consumers(config: Config, empty: Any, produce: Callable, consum
 
 @dataclass(frozen=True)
 class Store:
-    """Writes a warpgroup's sums to global memory by way of a few slots of shared memory."""
+    """Writes a warpgroup's sums, which come in chunks of columns, by way of two slots of shared memory."""
 
+    cols: int
     chunk: int
     dtype: Any
     slots: int = 2
 
     @property
     def width(self) -> int:
-        """Columns of a slot: at most the 128 bytes of the widest swizzle."""
-        return math.gcd(self.chunk, 128 // jnp.dtype(self.dtype).itemsize)
+        """Columns of a slot: at most 128 bytes, of whole chunks or a whole part of one."""
+        most = 128 // jnp.dtype(self.dtype).itemsize
+        fits = [w for w in range(8, most + 1, 8) if not (self.cols % w or (w % self.chunk and self.chunk % w))]
+        return max(fits)
 
     def scratch(self, warpgroups: int) -> Any:
         """The slots of all warpgroups."""
         size = jnp.dtype(self.dtype).itemsize
-        swizzle = self.width * size
-        transforms = (plgpu.TilingTransform((8, self.width)), plgpu.SwizzleTransform(swizzle))
+        swizzle = math.gcd(self.width * size, 128)
+        swizzles = (plgpu.SwizzleTransform(swizzle),) if swizzle > 16 else ()  # 16 bytes need none
+        transforms = (plgpu.TilingTransform((8, swizzle // size)), *swizzles)
         return plgpu.SMEM((warpgroups, self.slots, WARPGROUP_ROWS, self.width), self.dtype, transforms=transforms)
 
     def __call__(
         self, sums: list[Array], slots_ref: Any, out_ref: Any, row: Array, col: Array, add: bool = False
     ) -> None:
         """Rows from `row`, columns from `col`; what lies beyond the output is dropped. `add` adds to what is there."""
-        per_chunk = self.chunk // self.width
-        for i in range(len(sums) * per_chunk):
-            chunk, part = divmod(i, per_chunk)
-            values = sums[chunk].astype(self.dtype)
-            if per_chunk > 1:
-                values = values[:, part * self.width : (part + 1) * self.width]
+        part = min(self.width, self.chunk)
+        pieces = [
+            piece.astype(self.dtype)[:, i : i + part] if part < self.chunk else piece.astype(self.dtype)
+            for piece in sums
+            for i in range(0, self.chunk, part)
+        ]
+        for slot, first in enumerate(range(0, self.cols, self.width)):
+            slot_ref = slots_ref.at[slot % self.slots]
             plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
-            slot_ref = slots_ref.at[i % self.slots]
-            slot_ref[...] = values
+            for offset in range(0, self.width, part):
+                slot_ref[:, pl.ds(offset, part)] = pieces[(first + offset) // part]
             plgpu.commit_smem()
-            target = out_ref.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(col + i * self.width, self.width)]
+            target = out_ref.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(col + first, self.width)]
             plgpu.copy_smem_to_gmem(slot_ref, target, reduction_op="add" if add else None)

@@ -1,5 +1,6 @@
 """Timing of GPU functions side by side, for the benchmarks beside the operations."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -45,3 +46,9 @@ def _burst(f: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> floa
         result = f()
     wait(result)
     return (time.perf_counter() - started) / calls
+
+
+def rotating(f: Callable[..., Any], sets: list[dict[str, Any]]) -> Callable[[], Any]:
+    """Calls of f on one set of keyword arguments after the other, so that no call finds its operands in the cache."""
+    turns = itertools.cycle(sets)
+    return lambda: f(**next(turns))

@@ -1,18 +1,6 @@
-"""Hopper kernel of the forward product and the input gradient: 1x128 tiles times 128x128 blocks (report 3.3.2).
+"""Hopper kernels of the three FP8 products, as problems for `scaled_product` (report 3.3.2)."""
 
-A persistent grid, one block an SM. Its last warpgroup is the producer: one warp of it brings 128 columns of both
-operands into the next free slot of shared memory. The others compute, 64 rows of the output tile each:
-
-    producer   | load k+2 | load k+3 | ...
-    compute 0  | wgmma k     | promote k | wgmma k+1      | promote k+1 | ...
-    compute 1  |      wgmma k       | promote k | wgmma k+1       | promote k+1 | ...
-
-so that the tensor cores work for one warpgroup while another promotes: Hopper sums FP8 products in about 14 bits, so
-the sum over each 128 columns is scaled and added to float32 registers by ordinary instructions.
-"""
-
-import functools
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -22,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Int
 
-from dsv3_jax.ops.fp8_matmul.kernel_parts import chunk_width, promoted_sums, unrolled_by_slot
-from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, operand, producer_and_consumers, walk
-from dsv3_jax.ops.quantize.formats import E4M3, TILE
+from dsv3_jax.ops.fp8_matmul.scaled_product import Problem, Work, scaled_product
+from dsv3_jax.ops.hopper import Config
+from dsv3_jax.ops.quantize.formats import TILE
 
 
 def matmul(
@@ -46,102 +34,109 @@ def matmul(
     """
     m, k = a.shape
     n = b.shape[-2]
-    grouped = tile_group is not None
     k_blocks, n_blocks = pl.cdiv(k, TILE), pl.cdiv(n, TILE)
-    grid = (pl.cdiv(m, config.rows), pl.cdiv(n, config.cols))
-    warpgroups, stages = config.warpgroups, config.stages
-    store = Store(chunk_width(config), dtype)
+    width = math.gcd(config.cols, TILE)
 
-    def body(*refs):
-        groups_ref = refs[0] if grouped else None
-        a_ref, as_ref, b_ref, bs_ref, out_ref, a_s, b_s, as_s, out_s, full, empty = refs[grouped:]
-        wg = lax.axis_index("wg")
+    def work(index_ref: Any, _: Array, row: Array, col: Array) -> Work:
+        at = (row * config.rows, col * config.cols)
+        if tile_group is None:
+            return Work(*at, jnp.int32(0), jnp.int32(0), k_blocks)
+        group = index_ref[row]
+        count = lax.select(group < b.shape[0], jnp.int32(k_blocks), jnp.int32(0))
+        return Work(*at, lax.min(group, jnp.int32(b.shape[0] - 1)), jnp.int32(0), count)
 
-        def for_each_tile(f: Callable) -> None:
-            @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm")
-            def _(info):
-                mi, ni = walk(info.index[0], grid, config.band)
-                if not grouped:
-                    f(mi, ni, b_ref, bs_ref)
-                    return
-                group = groups_ref[mi]
-                pl.when(group < b.shape[0])(lambda: f(mi, ni, b_ref.at[group], bs_ref.at[group]))
+    def scales(scales_ref: Any, work: Work, k_block: Array) -> list[Array]:
+        of_group = scales_ref.at[work.group] if b.ndim == 3 else scales_ref
+        block = lax.div(work.col, jnp.int32(TILE))
+        spanned = 1 + pl.cdiv(config.cols - width, TILE)
+        blocks = [lax.min(block + i, jnp.int32(n_blocks - 1)) for i in range(spanned)]
+        loaded = [of_group[k_block, i] if scales_by_k else of_group[i, k_block] for i in blocks]
+        return loaded if config.cols % TILE == 0 else [*loaded, lax.rem(work.col, jnp.int32(TILE))]
 
-        def load_tile(mi, ni, b_of, bs_of):
-            rows, cols = pl.ds(mi * config.rows, config.rows), pl.ds(ni * config.cols, config.cols)
-
-            def load(k_block, slot):
-                ks = pl.ds(k_block * TILE, TILE)
-                plgpu.barrier_wait(empty.at[slot])
-                plgpu.copy_gmem_to_smem(a_ref.at[rows, ks], a_s.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(b_of.at[cols, ks], b_s.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(as_ref.at[k_block, rows], as_s.at[slot], full.at[slot])
-
-            unrolled_by_slot(k_blocks, stages, load)
-
-        def compute_tile(mi, ni, b_of, bs_of):
-            mine = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            scales_at = functools.partial(_chunk_scales, bs_of, scales_by_k, n_blocks, ni * config.cols, config)
-
-            def step(sums, chunk_scales, slot):
-                def product(partial_ref):
-                    plgpu.barrier_wait(full.at[slot])
-                    row_scale = plgpu.load(as_s.at[slot, mine], layout=plgpu.Layout.WGMMA.reduce(1))
-                    plgpu.wgmma(partial_ref, a_s.at[slot, mine], b_s.at[slot].transpose((1, 0)))
-                    return partial_ref[...], row_scale
-
-                partial, row_scale = pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, config.cols), jnp.float32))
-                plgpu.barrier_arrive(empty.at[slot])
-                return _promote(sums, partial, row_scale, chunk_scales)
-
-            sums = promoted_sums(k_blocks, stages, config, step, scales_at)
-            store(sums, out_s.at[wg], out_ref, mi * config.rows + wg * WARPGROUP_ROWS, ni * config.cols)
-
-        producer_and_consumers(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
-
-    run = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((m, n), dtype),
-        scratch_types=[
-            operand((stages, config.rows, TILE), E4M3),
-            operand((stages, config.cols, TILE), E4M3),
-            plgpu.SMEM((stages, config.rows), jnp.float32),
-            store.scratch(warpgroups),
-            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        ],
-        grid=(num_sms,),
-        grid_names=("sm",),
-        num_threads=warpgroups + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
+    problem = Problem(
+        grid=(1, pl.cdiv(m, config.rows), pl.cdiv(n, config.cols)),
+        work=work,
+        chunks=config.cols // width,
+        scales=scales,
+        promote=_promote_blocks,
+        column_tiles=False,
+        skip_empty=tile_group is not None,
     )
-    operands = (a, a_scales, b, b_scales)
-    return run(tile_group, *operands) if grouped else run(*operands)
+    index = jnp.zeros(1, jnp.int32) if tile_group is None else tile_group
+    out = jax.ShapeDtypeStruct((m, n), dtype)
+    return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, num_sms=num_sms, interpret=interpret)
 
 
-def _chunk_scales(
-    scales_ref: Any, by_k: bool, n_blocks: int, first: Array, config: Config, k_block: Array
-) -> list[Array]:
-    """The weight's scale for each chunk of a tile's columns, which start at column `first`."""
-    width = chunk_width(config)
-    spanned = 1 + pl.cdiv(config.cols - width, TILE)
-    block = lax.div(first, jnp.int32(TILE))
-    blocks = [lax.min(block + i, jnp.int32(n_blocks - 1)) for i in range(spanned)]
-    loaded = [scales_ref[k_block, b] if by_k else scales_ref[b, k_block] for b in blocks]
-    if config.cols % TILE == 0:
-        return loaded
-    offset = lax.rem(first, jnp.int32(TILE))
-    crossed = [offset + col >= TILE for col in range(0, config.cols, width)]
-    return [lax.select(c, loaded[1], loaded[0]) for c in crossed]
+def wgrad(
+    a: Float8e4m3fn[Array, "m tokens"],
+    a_scales: Float[Array, "tiles m"],
+    b: Float8e4m3fn[Array, "n tokens"],
+    b_scales: Float[Array, "tiles n"],
+    bounds: Int[Array, " groups_and_1"] | None = None,
+    *,
+    config: Config,
+    total: Float[Array, "groups m n"] | None = None,
+    num_sms: int = 132,
+    interpret: Any = None,
+) -> Float[Array, "groups m n"]:
+    """a @ b^T over the 128-token tiles bounds[g] to bounds[g + 1] of each group g, in float32, added to `total`.
+
+    A group without tokens gets zero. Without bounds there is one group of all tokens.
+    """
+    m, n = a.shape[0], b.shape[0]
+    groups = 1 if bounds is None else bounds.shape[0] - 1
+
+    def work(bounds_ref: Any, group: Array, row: Array, col: Array) -> Work:
+        at = (row * config.rows, col * config.cols, group)
+        if bounds is None:
+            return Work(*at, jnp.int32(0), pl.cdiv(a.shape[1], TILE))
+        first = bounds_ref[group]
+        return Work(*at, first, bounds_ref[group + 1] - first)
+
+    problem = Problem(
+        grid=(groups, pl.cdiv(m, config.rows), pl.cdiv(n, config.cols)),
+        work=work,
+        chunks=config.cols // math.gcd(config.cols, 32),
+        scales=lambda *_: (),
+        promote=_promote_tiles,
+        column_tiles=True,
+        skip_empty=False,
+    )
+    out = jax.ShapeDtypeStruct((groups, m, n), jnp.float32)
+    index = jnp.zeros(1, jnp.int32) if bounds is None else bounds
+    return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, total, num_sms, interpret)
 
 
-def _promote(sums: list[Array], partial: Array, row_scale: Array, chunk_scales: list[Array]) -> list[Array]:
-    """Float32 sums plus the scaled sums of 128 columns, chunk by chunk."""
+def _promote_blocks(sums: list[Array], partial: Array, row_scale: Array, scales: list[Array]) -> list[Array]:
+    """Sums plus a partial sum scaled by row and weight block.
+
+    A tile of whole blocks has a scale for each chunk; another spans two blocks, and `scales` end with the first one's
+    columns that come before the tile.
+    """
     width = partial.shape[1] // len(sums)
-    chunks = [partial] if len(sums) == 1 else [partial[:, i * width : (i + 1) * width] for i in range(len(sums))]
+    if partial.shape[1] % TILE == 0:
+        chunk_scales = [row_scale * block for block in scales]
+    else:
+        first, second = (row_scale * block for block in scales[:2])
+        crossed = [scales[2] + i * width >= TILE for i in range(len(sums))]
+        chunk_scales = [lax.select(lax.broadcast_in_dim(c, first.shape, []), second, first) for c in crossed]
     return [
-        total + chunk * lax.broadcast_in_dim(row_scale * scale, chunk.shape, [0])
-        for total, chunk, scale in zip(sums, chunks, chunk_scales, strict=True)
+        total + chunk * lax.broadcast_in_dim(scale, chunk.shape, [0])
+        for total, chunk, scale in zip(sums, _chunks(partial, len(sums)), chunk_scales, strict=True)
     ]
+
+
+def _promote_tiles(sums: list[Array], partial: Array, row_scale: Array, col_scales_ref: Any) -> list[Array]:
+    """Sums plus a partial sum scaled by row and column; column scales are read chunk by chunk to save registers."""
+    width = partial.shape[1] // len(sums)
+    promoted = []
+    for i, (total, chunk) in enumerate(zip(sums, _chunks(partial, len(sums)), strict=True)):
+        col_scale = plgpu.load(col_scales_ref.at[pl.ds(i * width, width)], layout=plgpu.Layout.WGMMA.reduce(0))
+        scaled = chunk * lax.broadcast_in_dim(row_scale, chunk.shape, [0])
+        promoted.append(total + scaled * lax.broadcast_in_dim(col_scale, chunk.shape, [1]))
+    return promoted
+
+
+def _chunks(x: Array, count: int) -> list[Array]:
+    width = x.shape[1] // count
+    return [x] if count == 1 else [x[:, i * width : (i + 1) * width] for i in range(count)]

@@ -23,6 +23,18 @@ _ROWS = 128
 """Rows of a tile that belongs to one group."""
 
 
+def unsupported(x: Array, weight: Array, tile_group: Array) -> str | None:
+    """Why the kernels cannot take these operands; None where they can."""
+    k, n = weight.shape[1:]
+    if x.dtype != jnp.bfloat16:
+        return f"takes bfloat16, not {x.dtype}"
+    if x.shape[0] != tile_group.shape[0] * _ROWS:
+        return f"takes groups in tiles of {_ROWS} rows, not {x.shape[0] // tile_group.shape[0]}"
+    if k % _STEP or n % _STEP:
+        return f"takes widths that are multiples of {_STEP}, not {k} and {n}"
+    return None
+
+
 def grouped_product(
     x: Float[Array, "m k"],
     weight: Float[Array, "groups k n"],
@@ -72,7 +84,7 @@ def grouped_product(
 
         producer_and_consumers(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
 
-    store = Store(config.cols, x.dtype)
+    store = Store(config.cols, config.cols, x.dtype)
     w_shape = (config.cols, _STEP) if transposed else (_STEP, config.cols)
     run = _kernel(
         body,
@@ -131,7 +143,7 @@ def grouped_wgrad(
 
         producer_and_consumers(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
 
-    store = Store(config.cols, jnp.float32)
+    store = Store(config.cols, config.cols, jnp.float32)
     run = _kernel(
         body,
         jax.ShapeDtypeStruct((groups, m, n), jnp.float32),
