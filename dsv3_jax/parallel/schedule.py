@@ -1,9 +1,9 @@
 """Pipeline schedules as data: in which order each rank runs which stage on which microbatch (report 3.2.1).
 
-One small vocabulary serves all of them. F is a stage's forward pass; I its backward pass for the input's gradient; W the
-deferred one for the weights' gradients; B is I and W at once. A pair is a forward and a backward of the two directions
-that overlap, so that one's exchange hides behind the other's products. A table is plain numpy: it is compared,
-simulated, drawn and checked without a device.
+One small vocabulary serves all of them. F is a stage's forward pass; I its backward pass for the input's gradient; W
+the deferred one for the weights' gradients; B is I and W at once. A pair is a forward and a backward of the two
+directions that overlap, so that one's exchange hides behind the other's products. A table is plain numpy: it is
+compared, simulated, drawn and checked without a device.
 """
 
 from collections.abc import Sequence
@@ -105,9 +105,8 @@ def make(kind: str, ranks: int, microbatches: int) -> Schedule:
     """The table of a schedule.
 
     Args:
-        kind: one of `KINDS`: `gpipe`, `1f1b`, `interleaved_1f1b` (two stages a rank), `zb1p`, `dualpipe` (report 3.2.1),
-            `dualpipev` (it cut in half: no second copy of the parameters), and `dualpipe_lockstep` (ours: the same
-            stages in an order whose pairs line up on all ranks).
+        kind: one of `KINDS`: `gpipe`, `1f1b`, `interleaved_1f1b` (two stages a rank), `zb1p`, `dualpipe` (report
+            3.2.1), and `dualpipev` (it cut in half: no second copy of the parameters).
         ranks: devices along the pipeline.
         microbatches: of one step. The first half moves in direction 0 where there are two directions.
 

@@ -1,7 +1,7 @@
 """The order of operations of each schedule. See `schedule` for the vocabulary and for what users call.
 
-A function here takes ranks and microbatches and returns where stages live, and each rank's cells in order. A cell is one
-operation or an overlapped pair of them; an operation is (kind, chunk, microbatch, direction).
+A function here takes ranks and microbatches and returns where stages live, and each rank's cells in order. A cell is
+one operation or an overlapped pair of them; an operation is (kind, chunk, microbatch, direction).
 """
 
 from collections import deque
@@ -81,7 +81,9 @@ def dualpipe(ranks: int, microbatches: int) -> Order:
     """
     _check_two_directions("dualpipe", ranks, microbatches)
     if microbatches < 2 * ranks:
-        raise ValueError(f"microbatches={microbatches}: dualpipe on {ranks} ranks needs at least 2 x ranks = {2 * ranks}")
+        raise ValueError(
+            f"microbatches={microbatches}: dualpipe on {ranks} ranks needs at least 2 x ranks = {2 * ranks}"
+        )
     half, each = ranks // 2, microbatches // 2
 
     def rank_order(rank: int) -> list[Cell]:

@@ -88,7 +88,7 @@ class Timeline:
 
 
 def simulate(schedule: Schedule, times: ChunkTimes | Sequence[ChunkTimes]) -> Timeline:
-    """Runs a schedule as asynchronous ranks would: an operation starts once its rank is free and what it needs is there.
+    """Runs a schedule as asynchronous ranks would: an operation starts once its rank is free and its inputs are there.
 
     Args:
         schedule: from `schedule.make`.

@@ -15,7 +15,7 @@ _RATES = (
 _SPEEDS = ("memory", "nvlink", "network")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Device:
     """A GPU in its node: what the data sheet says, and what was achieved."""
 

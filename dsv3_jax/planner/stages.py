@@ -1,5 +1,6 @@
 """A model cut into pipeline stages: what each holds, computes and keeps."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -135,4 +136,4 @@ def split(parts: Sequence[Part], stages: int, device: Device) -> list[Stage]:
     for row in reversed(starts):
         cuts.append(row[cuts[-1]])
     cuts = [*reversed(cuts)] if cuts[-1] == 0 else [0, *reversed(cuts)]
-    return [Stage(list(parts[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [Stage(list(parts[a:b])) for a, b in itertools.pairwise(cuts)]

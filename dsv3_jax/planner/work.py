@@ -48,7 +48,9 @@ def layer_work(model: ModelConfig, is_moe: bool, seq_len: int, products: Product
         Work("norms, quantization, RoPE, SwiGLU", "I", bytes=_backward_traffic(model, is_moe, products)),
     ]
     if is_moe:
-        work += [Work("routed rows, sorted and summed", part, bytes=_row_traffic(model, part, products)) for part in "FI"]
+        work += [
+            Work("routed rows, sorted and summed", part, bytes=_row_traffic(model, part, products)) for part in "FI"
+        ]
     return work + _recomputed(work, model, products, recompute)
 
 
@@ -221,7 +223,9 @@ def _backward_traffic(model: ModelConfig, is_moe: bool, products: Products) -> f
     if products == "bf16":
         return norms + attention + swiglu
     # FP8 operands along tokens as well, for the weights' gradients: each gradient is written twice, inputs once more.
-    gradients = (2 + 2 * e) * (2 * d + heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim) + latents)
+    gradients = (2 + 2 * e) * (
+        2 * d + heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim) + latents
+    )
     swiglu_twice = (2 * 2 * e - 2 * 2 + e) * _swiglu_widths(model, is_moe)
     inputs = 2 * e * (2 * d + latents) + (1.5 + e) * attended
     return norms + attention + swiglu + gradients + swiglu_twice + inputs
