@@ -106,7 +106,9 @@ def make(kind: str, ranks: int, microbatches: int) -> Schedule:
 
     Args:
         kind: one of `KINDS`: `gpipe`, `1f1b`, `interleaved_1f1b` (two stages a rank), `zb1p`, `dualpipe` (report
-            3.2.1), and `dualpipev` (it cut in half: no second copy of the parameters).
+            3.2.1), `dualpipev` (it cut in half: no second copy of the parameters), `dualpipe_lockstep` (ours:
+            dualpipe's stages in an order for ranks that wait for each other after every operation), and
+            `dualpipe_lockstep_late` (the same, faster, with more weight gradients deferred).
         ranks: devices along the pipeline.
         microbatches: of one step. The first half moves in direction 0 where there are two directions.
 

@@ -6,6 +6,7 @@ one operation or an overlapped pair of them; an operation is (kind, chunk, micro
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 type Part = tuple[str, int, int, int]
 type Cell = tuple[Part, ...]
@@ -93,7 +94,7 @@ def dualpipe(ranks: int, microbatches: int) -> Order:
         order = _Bidirectional([(chunks[d], d * each, d) for d in (first, 1 - first)])
         return order.run(half, near, each - ranks + near + 1)
 
-    return [list(range(ranks)), list(reversed(range(ranks)))], [rank_order(r) for r in range(ranks)]
+    return _both_ways(ranks), [rank_order(r) for r in range(ranks)]
 
 
 def dualpipev(ranks: int, microbatches: int) -> Order:
@@ -109,6 +110,43 @@ def dualpipev(ranks: int, microbatches: int) -> Order:
 
     absent = [-1] * ranks
     return [[*range(ranks), *absent], [*absent, *reversed(range(ranks))]], [rank_order(r) for r in range(ranks)]
+
+
+def dualpipe_lockstep(ranks: int, microbatches: int, late: bool = False) -> Order:
+    """DualPipe's stages in an order for ranks that wait for each other after every operation; ours, not the report's.
+
+    Every direction sends a microbatch every other tick, and it moves one rank a tick. With an even number of ranks the
+    forward of one direction then meets the backward of the other on every rank, in every tick: pairs line up. In the
+    last `ranks` ticks, which have no forward, weight gradients fill what one direction leaves empty. `late` defers them
+    in the first `ranks` ticks with a backward too, where some ranks have none to wait for: it takes less time, and
+    ranks / 2 + 1 more microbatches wait for their weight gradients to the end.
+    """
+    _check_two_directions("dualpipe_lockstep", ranks, microbatches)
+    half, each = ranks // 2, microbatches // 2
+    last_tick = 2 * (each - 1) + 2 * ranks
+
+    def rank_order(rank: int) -> list[Cell]:
+        near, far = min(rank, ranks - 1 - rank), max(rank, ranks - 1 - rank)
+        first = int(rank >= half)
+        forwards, backwards = {}, {}  # by tick: (chunk, microbatch, direction)
+        for k in range(each):
+            inward, outward = (near, first * each + k, first), (far, (1 - first) * each + k, 1 - first)
+            forwards |= {near + 2 * k: inward, far + 2 * k: outward}
+            backwards |= {ranks + near + 2 * k: outward, ranks + far + 2 * k: inward}
+        cells: list[Cell] = []
+        deferred: deque[Part] = deque()
+        for tick in range(last_tick):
+            cell: list[Part] = [("F", *forwards[tick])] if tick in forwards else []
+            if tick in backwards:
+                defer = (late and tick < 2 * ranks) or tick >= last_tick - ranks
+                cell.append(("I" if defer else "B", *backwards[tick]))
+                deferred.extend([("W", *backwards[tick])] if defer else [])
+            elif not cell and deferred:
+                cell.append(deferred.popleft())
+            cells += [tuple(cell)] if cell else []
+        return cells + [(part,) for part in deferred]
+
+    return _both_ways(ranks), [rank_order(r) for r in range(ranks)]
 
 
 class _Bidirectional:
@@ -160,6 +198,10 @@ class _Bidirectional:
         return (kind, chunk, microbatch, direction)
 
 
+def _both_ways(ranks: int) -> Placement:
+    return [list(range(ranks)), list(reversed(range(ranks)))]
+
+
 def _check_two_directions(kind: str, ranks: int, microbatches: int) -> None:
     if ranks % 2:
         raise ValueError(f"ranks={ranks}: {kind} pairs each rank with its mirror image; use an even number")
@@ -183,4 +225,6 @@ ORDERS: dict[str, Callable[[int, int], Order]] = {
     "zb1p": zb1p,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
+    "dualpipe_lockstep": dualpipe_lockstep,
+    "dualpipe_lockstep_late": partial(dualpipe_lockstep, late=True),
 }

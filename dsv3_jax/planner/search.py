@@ -45,7 +45,7 @@ def print_search(plans: list[ClusterPlan], console: Console | None = None) -> No
     """Prints plans that `search` found."""
     rows = [
         (
-            ",".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
+            "x".join(str(size) for size in plan.mesh.values()),
             plan.schedule.kind,
             f"{plan.tokens // plan.config.batch.seq_len}",
             plan.config.recompute,
@@ -58,8 +58,8 @@ def print_search(plans: list[ClusterPlan], console: Console | None = None) -> No
     ]
     headers = ("mesh", "schedule", "seqs", "recompute", "GB", "step s", "MFU", "hours")
     title = (
-        f"The best on {plans[0].devices:,} {plans[0].device.name}; seqs: of a microbatch on each device; hours: thousands "
-        "of GPU-hours for 1e12 tokens"
+        f"The best on {plans[0].devices:,} {plans[0].device.name} (mesh: pipe x data x node x gpu; seqs: of a "
+        "microbatch on each device; hours: thousands of GPU-hours for 1e12 tokens)"
     )
     (console or Console()).print(table(title, headers, rows))
 
