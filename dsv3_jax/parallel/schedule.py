@@ -131,9 +131,8 @@ def from_cells(
     (kind, chunk, microbatch, direction); `placement` says per direction which rank runs each stage."""
     cells = np.full((ranks, max(map(len, order)), 2, 4), -1, np.int32)
     for rank, row in enumerate(order):
-        for place, cell in enumerate(row):
-            for part, (letter, *numbers) in enumerate(cell):
-                cells[rank, place, part] = (CODES.index(letter), *numbers)
+        parts = [[(CODES.index(letter), *numbers) for letter, *numbers in cell] for cell in row]
+        cells[rank, : len(row)] = [cell if len(cell) == 2 else [*cell, (-1,) * 4] for cell in parts]
     return Schedule(kind, ranks, microbatches, np.array(placement, np.int32), cells)
 
 

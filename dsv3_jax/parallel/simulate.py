@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv3_jax.parallel.schedule import Op, Pair, Schedule
+import numpy as np
+
+from dsv3_jax.parallel.schedule import CODES, Op, Pair, Schedule
 
 type Number = int | float
 type Finished = dict[tuple[str, int, int], tuple[int, Number]]
@@ -183,19 +185,13 @@ def peak_activations(
         sizes: what a microbatch takes of each stage; None counts stages, each as 1.
         until: a microbatch is let go after its weight gradients, or after its input's gradient.
     """
-    sizes = [1] * schedule.stages if sizes is None else sizes
-    last = {"W": "BW", "I": "BI"}[until]
-    peaks: list[Number] = []
-    for rank in range(schedule.ranks):
-        held, peak = 0, 0
-        for op in (op for cell in schedule.ops(rank) for op in cell.parts):  # a pair's forward comes first
-            if op.kind == "F":
-                held += sizes[op.chunk]
-                peak = max(peak, held)
-            elif op.kind in last:
-                held -= sizes[op.chunk]
-        peaks.append(peak)
-    return peaks
+    sizes_of = np.array([1] * schedule.stages if sizes is None else sizes)
+    # Parts one after the other: a pair's forward begins before its backward has let anything go.
+    kinds, chunks = (schedule.cells[..., column].reshape(schedule.ranks, -1) for column in (0, 1))
+    held = (kinds == CODES.index("F")) * 1
+    for kind in ("B", until):
+        held -= kinds == CODES.index(kind)
+    return (held * sizes_of[chunks]).cumsum(axis=1).max(axis=1).tolist()
 
 
 def _per_chunk(schedule: Schedule, times: ChunkTimes | Sequence[ChunkTimes]) -> Sequence[ChunkTimes]:

@@ -1,6 +1,7 @@
 """A training run on a cluster, predicted: memory, exchange, chunk times, the pipeline's timeline, and what it costs."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -9,6 +10,7 @@ from dsv3_jax.parallel.schedule import Op, Schedule, make
 from dsv3_jax.parallel.simulate import ChunkTimes, Timeline, peak_activations, simulate, simulate_lockstep
 from dsv3_jax.planner.devices import Device
 from dsv3_jax.planner.flops import training_flops_per_token, training_flops_per_token_with_mtp
+from dsv3_jax.planner.parameters import count_parameters
 from dsv3_jax.planner.stages import Stage, model_parts, split
 from dsv3_jax.planner.work import Products, Recompute, exchange_bytes, exchange_seconds, seconds
 
@@ -16,6 +18,9 @@ AXES = ("pipe", "data", "node", "gpu")
 
 EXTENSION = ((32768, 1920, 1000), (131072, 480, 1000))
 """Context extension: tokens of a sequence, sequences of a batch, steps of each of its stages (report 4.3)."""
+
+_WEIGHT, _GRADIENT, _MASTER, _MOMENT = 2, 4, 4, {"bfloat16": 2, "float32": 4}
+"""Bytes of a parameter: computed with (BF16, or FP8 in both layouts), its gradient, its master weight, a moment."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class ClusterPlan:
     @property
     def devices(self) -> int:
         """GPUs of the mesh."""
-        return self.mesh["pipe"] * self.mesh["data"] * self.mesh["node"] * self.mesh["gpu"]
+        return math.prod(self.mesh.values())
 
     @cached_property
     def stages(self) -> list[Stage]:
@@ -118,7 +123,7 @@ class ClusterPlan:
             experts, others = self._local(self.stages[chunk])
             outside = self.mesh["data"] * self.schedule.copies
             gpu, everywhere = self.mesh["gpu"], outside * self.mesh["node"]
-            each = 4 + 2  # gradients float32, weights BF16 or FP8 twice
+            each = _GRADIENT + _WEIGHT
             sent["nvlink"] += each * others * (gpu - 1) / gpu
             sent["network"] += each * (others / gpu * (everywhere - 1) / everywhere + experts * (outside - 1) / outside)
         return sent
@@ -217,8 +222,8 @@ class ClusterPlan:
         group = self.mesh["node"] * self.mesh["gpu"]
         share = sum(experts / replicas + others / (replicas * group) for experts, others in local)
         held = sum(experts + others for experts, others in local)
-        moment = {"bfloat16": 2, "float32": 4}[self.config.optimizer.moments]
-        return ClusterMemory(2 * held, 4 * held, (4 + 2 * moment) * share, activations, self._buffers(rank))
+        optimizer = (_MASTER + 2 * _MOMENT[self.config.optimizer.moments]) * share
+        return ClusterMemory(_WEIGHT * held, _GRADIENT * held, optimizer, activations, self._buffers(rank))
 
     def _buffers(self, rank: int) -> float:
         """Of a layer that runs forward while another runs backward: received rows beyond a balanced load, experts'
@@ -282,6 +287,15 @@ _make = cache(make)
 def default_schedule(ranks: int, microbatches: int) -> str:
     """The report's dualpipe where it is possible, else 1f1b."""
     return "dualpipe" if ranks % 2 == 0 and microbatches % 2 == 0 and microbatches >= 2 * ranks else "1f1b"
+
+
+def mean_state(config: Config, mesh: dict[str, int]) -> float:
+    """Bytes of weights, gradients, master weights and moments on the average rank, where no stage has a second copy."""
+    count = count_parameters(config.model)
+    experts = count.routed_experts + count.mtp_modules.routed_experts
+    held = (count.total - experts + experts / (mesh["node"] * mesh["gpu"])) / mesh["pipe"]
+    share = count.total / math.prod(mesh.values())
+    return (_WEIGHT + _GRADIENT) * held + (_MASTER + 2 * _MOMENT[config.optimizer.moments]) * share
 
 
 def parse_mesh(text: str) -> dict[str, int]:

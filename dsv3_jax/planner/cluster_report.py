@@ -37,7 +37,7 @@ def print_cluster_plan(plan: ClusterPlan, console: Console | None = None) -> Non
     console.print(_cost_table(plan))
 
 
-def largest_stage(plan: ClusterPlan) -> int:
+def usual_stage(plan: ClusterPlan) -> int:
     """The middle of the stages that are most common: what a usual pair runs."""
     labels = [stage.label for stage in plan.stages]
     usual = max(labels, key=labels.count)
@@ -73,7 +73,7 @@ def _stage_table(plan: ClusterPlan) -> Table:
 
 def _work_table(plan: ClusterPlan) -> Table:
     """What one forward and backward of the usual stage is made of."""
-    stage = plan.stages[largest_stage(plan)]
+    stage = plan.stages[usual_stage(plan)]
     items: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for item in stage.work:
         for i, amount in enumerate((item.flops, item.bytes, item.seconds(plan.device))):

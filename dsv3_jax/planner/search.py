@@ -8,7 +8,7 @@ from rich.console import Console
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.parallel.schedule import KINDS
-from dsv3_jax.planner.cluster import ClusterPlan, plan_cluster
+from dsv3_jax.planner.cluster import ClusterPlan, mean_state, plan_cluster
 from dsv3_jax.planner.devices import Device
 from dsv3_jax.planner.report import table
 from dsv3_jax.planner.work import Products
@@ -27,14 +27,16 @@ def search(
     can be among the best.
 
     Raises:
-        ConfigError: nothing fits; the message says what comes closest.
+        ConfigError: nothing fits, or nothing divides.
     """
-    plans = list(_candidates(config, device, devices, products))
-    fitting = sorted((plan for plan in plans if plan.fits), key=_least_seconds)
-    if not fitting:
-        raise ConfigError(_nothing_fits(plans, device, devices))
+    plans = [plan for plan in _candidates(config, device, devices, products) if plan.fits]
+    if not plans:
+        raise ConfigError(
+            f"--search: nothing fits {devices:,} x {device.name} of {device.memory / 1e9:,.0f} GB, or no mesh divides "
+            "the model and the batch; use more devices, or change batch.sequences"
+        )
     found: list[ClusterPlan] = []
-    for plan in fitting:
+    for plan in sorted(plans, key=_least_seconds):
         if len(found) == best and _least_seconds(plan) >= found[-1].step_seconds:
             break
         found = sorted([*found, plan], key=lambda plan: plan.step_seconds)[:best]
@@ -73,6 +75,8 @@ def _candidates(config: Config, device: Device, devices: int, products: Products
         if rest or data == 0 or (node > 1 and gpu < device.gpus_per_node):
             continue
         mesh = {"pipe": pipe, "data": data, "node": node, "gpu": gpu}
+        if mean_state(config, mesh) > device.memory:
+            continue
         kinds = KINDS if pipe > 1 else ("1f1b",)  # without a pipeline they are all the same
         for kind, sequences, recompute in itertools.product(kinds, SEQUENCES, ("none", "report", "layer")):
             try:
@@ -97,15 +101,3 @@ def _least_seconds(plan: ClusterPlan) -> float:
         return max(sum(t.forward + t.backward for t in times), sum(2 * t.exchange for t in times))
 
     return each * max(map(rank_seconds, range(schedule.ranks)))
-
-
-def _nothing_fits(plans: list[ClusterPlan], device: Device, devices: int) -> str:
-    if not plans:
-        return f"--search: no mesh of {devices} devices divides the model and the batch; change batch.sequences"
-    least = min(plans, key=lambda plan: plan.memory[plan.fullest].total)
-    memory = least.memory[least.fullest]
-    mesh = ",".join(f"{axis}={size}" for axis, size in least.mesh.items())
-    return (
-        f"--search: nothing fits {devices} x {device.name} of {device.memory / 1e9:,.0f} GB; the least is "
-        f"{memory.total / 1e9:,.1f} GB ({mesh}, {least.schedule.kind}), most of it {memory.largest}: use more devices"
-    )

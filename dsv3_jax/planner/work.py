@@ -108,7 +108,10 @@ def exchange_seconds(model: ModelConfig, node: int, gpu: int, products: Products
 
 
 def saved_bytes(model: ModelConfig, is_moe: bool, products: Products, recompute: Recompute) -> dict[str, float]:
-    """What a layer keeps of a token from its forward to its backward pass, in bytes, by what it is (report 3.3.3)."""
+    """What a layer keeps of a token from its forward to its backward pass, in bytes, by what it is (report 3.3.3).
+
+    Rows of experts at a balanced load: a rank that receives more keeps more.
+    """
     d, heads, e = model.d_model, model.num_heads, _element(products)
     if recompute == "layer":
         return {"residual stream": 2 * d}
