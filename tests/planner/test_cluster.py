@@ -167,3 +167,21 @@ def test_search_finds_plans_that_fit_fastest_first():
 def test_search_says_where_nothing_fits():
     with pytest.raises(ConfigError, match=r"nothing fits 8 x H800 of 80 GB, or no mesh divides .*; use more devices"):
         search(V3, H800, 8)
+
+
+def test_the_readme_quotes_the_planner(report):
+    text = (CONFIGS.parent / "README.md").read_text()
+    stage = usual_stage(report)
+    busy = seconds(report.stages[stage].work, H800, "FIW") * 4096
+    extension = sum(plan.gpu_hours for plan in plan_extension(report))
+    for planned, published in (
+        (f"{1e3 * busy:.1f} ms", "118 ms"),
+        (f"{1e3 * busy / H800.busy:.1f} ms", "129.0 ms"),
+        (f"{report.step_seconds:.1f} s", "19.9 s"),
+        (f"{report.mfu():.1%}", "38.9%"),
+        (f"{report.gpu_hours_per_trillion / 1e3:.0f}K", "180K"),
+        (f"{report.gpu_hours / 1e3:.0f}K", "2664K"),
+        (f"{extension / 1e3:.0f}K", "119K"),
+        (f"{report.memory[report.fullest].total / 1e9:.1f} GB of 80", "fits"),
+    ):
+        assert f"| {planned} | {published} |" in text
