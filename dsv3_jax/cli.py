@@ -146,7 +146,7 @@ def _plan(arguments: argparse.Namespace, settings: list[str]) -> int:
     if arguments.config is None:
         return _without_config("plan", settings)
     if {"-h", "--help"} & set(settings):
-        print("On a cluster:", *(f"  {option:12} {text}" for option, text in PLAN_OPTIONS.items()), "", sep="\n")
+        print(_plan_options())
     config = override(load_config(arguments.config), settings, f"dsv3 plan {arguments.config}")
     chosen = {option: getattr(arguments, option[2:]) for option in PLAN_OPTIONS}
     if any(chosen.values()):
@@ -195,7 +195,14 @@ def _without_config(command: str, settings: list[str]) -> int:
     if not {"-h", "--help"} & set(settings):
         raise ConfigError(f"dsv3 {command} needs a config file; the shipped ones are in configs/")
     print(f"usage: dsv3 {command} CONFIG [settings]\n\n{_SETTINGS_HELP.format(command=command)}")
+    if command == "plan":
+        print(f"\n{_plan_options()}", end="")
     return 0
+
+
+def _plan_options() -> str:
+    """What `dsv3 plan` takes besides the settings."""
+    return "On a cluster:\n" + "".join(f"  {option:12} {text}\n" for option, text in PLAN_OPTIONS.items())
 
 
 def _prepare_process(config: Config) -> None:

@@ -260,6 +260,8 @@ def test_plan_lists_its_options_with_the_settings(capsys, config_file):
     printed = capsys.readouterr().out
     for part in ("--mesh", "--timeline", "--search", "--model.num-experts"):
         assert part in printed
+    assert cli.main(["plan", "--help"]) == 0
+    assert "--mesh" in capsys.readouterr().out
 
 
 def test_error_in_a_process_of_its_own_is_one_line(config_file):

@@ -88,6 +88,11 @@ class Timeline:
         """Time that each rank waits."""
         return [self.makespan - busy for busy in self.busy]
 
+    @property
+    def peak(self) -> list[int]:
+        """Activations that each rank holds at once, at most: see `peak_activations`."""
+        return peak_activations(self.schedule)
+
 
 def simulate(schedule: Schedule, times: ChunkTimes | Sequence[ChunkTimes]) -> Timeline:
     """Runs a schedule as asynchronous ranks would: an operation starts once its rank is free and its inputs are there.

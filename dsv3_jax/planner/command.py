@@ -11,7 +11,6 @@ from dsv3_jax.planner import search as searching
 from dsv3_jax.planner.cluster import parse_mesh, plan_cluster
 from dsv3_jax.planner.cluster_report import print_cluster_plan
 from dsv3_jax.planner.devices import load_device
-from dsv3_jax.planner.pictures import save_timeline
 from dsv3_jax.planner.report import mesh_of, plan, print_model
 from dsv3_jax.planner.search import print_search
 from dsv3_jax.planner.work import Products
@@ -46,6 +45,8 @@ def run(
     print_model(config, plan(config), console)
     print_cluster_plan(planned, console)
     if timeline:
+        from dsv3_jax.planner.pictures import save_timeline  # matplotlib takes seconds to import
+
         save_timeline(planned.timeline, Path(timeline))
         console.print(f"timeline drawn to {timeline}")
 

@@ -83,7 +83,7 @@ def test_two_ranks_worked_out_by_hand():
         [("0F0", 0, 1), ("0F1", 1, 2), ("0B0", 24, 26), ("0B1", 27, 29)],
         [("1F0", 11, 12), ("1B0", 12, 14), ("1F1", 14, 15), ("1B1", 15, 17)],
     ]
-    assert (timeline.makespan, timeline.busy, timeline.bubble) == (29, [6, 6], [23, 23])
+    assert (timeline.makespan, timeline.busy, timeline.bubble, timeline.peak) == (29, [6, 6], [23, 23], [2, 1])
 
 
 def test_exchange_is_hidden_only_in_pairs():
