@@ -108,13 +108,15 @@ def make(kind: str, ranks: int, microbatches: int) -> Schedule:
         kind: one of `KINDS`: `gpipe`, `1f1b`, `interleaved_1f1b` (two stages a rank), `zb1p`, `dualpipe` (report
             3.2.1), `dualpipev` (it cut in half: no second copy of the parameters), `dualpipe_lockstep` (ours:
             dualpipe's stages in an order for ranks that wait for each other after every operation), and
-            `dualpipe_lockstep_late` (the same, faster, with more weight gradients deferred).
+            `dualpipe_lockstep_late` (the same, faster, with more weight gradients deferred). Spaces and hyphens stand
+            for underscores.
         ranks: devices along the pipeline.
         microbatches: of one step. The first half moves in direction 0 where there are two directions.
 
     Raises:
         ValueError: no such kind, or one that does not work with these ranks and microbatches.
     """
+    kind = kind.replace(" ", "_").replace("-", "_")
     if kind not in ORDERS:
         raise ValueError(f"schedule={kind!r}: choose one of {', '.join(KINDS)}")
     for name, value in (("ranks", ranks), ("microbatches", microbatches)):

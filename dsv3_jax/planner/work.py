@@ -93,11 +93,8 @@ def exchange_bytes(model: ModelConfig, node: int, gpu: int, products: Products) 
 
 def reached(model: ModelConfig, node: int, gpu: int) -> tuple[float, float]:
     """The most nodes, and the most devices in all of them, that a token's experts can live on."""
-    groups_per_node = max(1, model.num_groups // node)
     nodes_per_group = max(1, node // model.num_groups)
-    nodes = min(node, model.top_k, -(-model.top_k_groups // groups_per_node) * nodes_per_group)
-    if model.num_groups > node:  # a node holds several groups, and the chosen ones may all live on different nodes
-        nodes = min(node, model.top_k, model.top_k_groups)
+    nodes = min(node, model.top_k, model.top_k_groups * nodes_per_group)
     return nodes, min(model.top_k, nodes * gpu)
 
 

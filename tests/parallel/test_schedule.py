@@ -149,6 +149,10 @@ def test_what_no_schedule_can_do_is_refused_in_one_sentence(wanted, message):
     assert len(str(raised.value).splitlines()) == 1
 
 
+def test_names_may_be_written_with_spaces():
+    assert make("interleaved 1f1b", 2, 4).kind == make("interleaved-1f1b", 2, 4).kind == "interleaved_1f1b"
+
+
 def test_a_rank_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="rank=4: this schedule has ranks 0 to 3"):
         make("1f1b", 4, 8).ops(4)
