@@ -85,29 +85,25 @@ def scaled_product(
     def body(index_ref, a_ref, as_ref, b_ref, bs_ref, out_ref, a_s, b_s, as_s, bs_s, out_s, full, empty):
         wg = lax.axis_index("wg")
 
-        def for_each_tile(f: Callable[[Work, Array], None]) -> None:
-            """f(work, how many blocks this grid block has used before)."""
-
-            @plgpu.nd_loop((groups, pairs[0] * pairs[1]), collective_axes="sm", init_carry=jnp.int32(0))
-            def _(info, carry):
+        def for_each_tile(f: Callable[[Work], None]) -> None:
+            @plgpu.nd_loop((groups, pairs[0] * pairs[1]), collective_axes="sm")
+            def _(info):
                 group, tile = info.index
                 row, pair = walk(tile, pairs, config.band)
                 col = pair * cluster + lax.axis_index("cluster") if cluster > 1 else pair
-                work = problem.work(index_ref, group, row, col)
-                f(work, carry)
-                return carry + work.count
+                f(problem.work(index_ref, group, row, col))
 
-        def slot_of(used: Array) -> Array:
-            # Slots go on from tile to tile, so that the next tile's first loads overlap with this one's last products.
-            return lax.rem(used, jnp.int32(stages))
+        def slot_of(i: Array) -> Array:
+            """Every tile starts with the first slot."""
+            return lax.rem(i, jnp.int32(stages))
 
-        def load_tile(work, used):
+        def load_tile(work):
             rows, cols = pl.ds(work.row, config.rows), pl.ds(work.col, config.cols)
             b_of = b_ref.at[work.group] if b.ndim == 3 else b_ref
 
             @pl.loop(0, work.count)
             def _(i):
-                block, slot = work.first + i, slot_of(used + i)
+                block, slot = work.first + i, slot_of(i)
                 ks = pl.ds(block * TILE, TILE)
                 plgpu.barrier_wait(empty.at[slot])
                 plgpu.copy_gmem_to_smem(
@@ -118,12 +114,12 @@ def scaled_product(
                 if problem.column_tiles:
                     plgpu.copy_gmem_to_smem(bs_ref.at[block, cols], bs_s.at[slot], full.at[slot])
 
-        def compute_tile(work, used):
+        def compute_tile(work):
             mine = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
             def step(i, carry):
                 sums, scales = carry
-                slot = slot_of(used + i)
+                slot = slot_of(i)
                 following = problem.scales(bs_ref, work, work.first + lax.min(i + 1, work.count - 1))
 
                 def product(partial_ref):
