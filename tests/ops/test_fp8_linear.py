@@ -45,11 +45,11 @@ def difference(got: jax.Array, want: np.ndarray) -> float:
 
 
 def rows(x: jax.Array, power_of_2: bool = False) -> np.ndarray:
-    return np.asarray(dequantize(quantize_rows(x, power_of_2)), np.float64)
+    return np.asarray(jax.jit(lambda x: dequantize(quantize_rows(x, power_of_2)))(x), np.float64)
 
 
 def columns(x: jax.Array) -> np.ndarray:
-    return np.asarray(dequantize(quantize_columns(x)), np.float64).T
+    return np.asarray(jax.jit(lambda x: dequantize(quantize_columns(x)))(x), np.float64).T
 
 
 def blocks(w: FP8Weight) -> np.ndarray:
@@ -130,7 +130,7 @@ def expected_feed_forward(x, dy_rows, dy_columns, gate_up, down, row_weights):
 
 def test_feed_forward_and_its_gradients_are_products_of_the_quantized_operands():
     x, gate_up, down, dy = normal(0, ROWS, K), weight(1, K, 2 * FF), weight(2, FF, K), normal(3, ROWS, K)
-    y, pullback = jax.vjp(lambda x, g, d: fp8_feed_forward(quantize_input(x), g, d), x, gate_up, down)
+    y, pullback = jax.vjp(jax.jit(lambda x, g, d: fp8_feed_forward(quantize_input(x), g, d)), x, gate_up, down)
     dx, d_gate_up, d_down = pullback(dy)
     want = expected_feed_forward(quantize_rows(x), rows(dy), columns(dy), gate_up, down, np.ones(ROWS))
     for name, got in {"y": y, "dx": dx, "d_gate_up": d_gate_up.slot, "d_down": d_down.slot}.items():
@@ -144,13 +144,14 @@ def group(w: FP8Weight, expert: int) -> FP8Weight:
 
 
 def test_routed_feed_forward_and_its_gradients_are_those_of_each_experts_rows():
-    experts, top_k, tokens = 3, 2, 200
+    experts, top_k, tokens = 3, 2, 201
     gate_up, down = weight(1, experts, K, 2 * FF), weight(2, experts, FF, K)
     x, dy = normal(0, tokens, K), normal(3, tokens, K)
     weights = jax.random.uniform(jax.random.key(4), (tokens, top_k))
-    chosen = jnp.argsort(jax.random.uniform(jax.random.key(5), (tokens, experts)), axis=1)[:, :top_k]
-    route = sort_by_group(chosen, experts, 128)
+    chosen = (np.arange(tokens)[:, None] + np.arange(top_k)) % experts  # 134 rows an expert: more than a tile
+    route = sort_by_group(jnp.asarray(chosen), experts, 128)
 
+    @jax.jit
     def layer(x, weights, gate_up, down):
         return fp8_routed_feed_forward(quantize_input(x, power_of_2=True), weights, route, gate_up, down)
 
@@ -159,7 +160,7 @@ def test_routed_feed_forward_and_its_gradients_are_those_of_each_experts_rows():
     want_y, want_dx, want_weights = np.zeros((tokens, K)), np.zeros((tokens, K)), np.zeros((tokens, top_k))
     travelled = rows(dy, power_of_2=True)
     for expert in range(experts):
-        token, choice = np.nonzero(np.asarray(chosen) == expert)
+        token, choice = np.nonzero(chosen == expert)
         sent = quantize_rows(x[token], power_of_2=True)
         arrived = travelled[token]
         one = expected_feed_forward(
@@ -185,6 +186,7 @@ def three_gradients(recipe: Recipe) -> tuple[jax.Array, ...]:
     gate_up, down = weight(1, 2, K, 2 * FF, recipe=recipe), weight(2, 2, FF, K, recipe=recipe)
     route = sort_by_group(jnp.arange(ROWS)[:, None] % 2, 2, 128)
 
+    @jax.jit
     def layer(x, gate_up, down):
         return fp8_routed_feed_forward(quantize_input(x), jnp.ones((ROWS, 1)), route, gate_up, down)
 
