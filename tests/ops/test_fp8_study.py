@@ -1,5 +1,7 @@
 """The simulated short accumulator against a slow one in numpy, and against the reference where it is wide."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +75,7 @@ def blocked(q):
 
 
 def error(got, exact):
-    return float(jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact))
+    return jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact)
 
 
 def normal(seed, *shape):
@@ -86,11 +88,18 @@ def test_dense_products_are_those_of_a_slow_simulation(seed, accumulator, k):
     rng = np.random.default_rng(seed)
     a, (weight, b) = whole_numbers(rng, 3, k), blocked(whole_numbers(rng, 5, k))
     expected = slow_product(a, b, accumulator)
-    np.testing.assert_array_equal(study.fp8_matmul(a, weight, jnp.float32, accumulator=accumulator), expected)
-    np.testing.assert_array_equal(study.fp8_wgrad(a, b, accumulator=accumulator), expected)
     as_read_backward = Blocked(weight.transposed, weight.values, weight.scales.T)
-    got = study.fp8_matmul_transposed(a, as_read_backward, jnp.float32, accumulator=accumulator)
-    np.testing.assert_array_equal(got, expected)
+
+    @jax.jit  # of arguments: constants would be folded, slowly
+    def products(a, b, weight, as_read_backward):
+        return (
+            study.fp8_matmul(a, weight, jnp.float32, accumulator=accumulator),
+            study.fp8_matmul_transposed(a, as_read_backward, jnp.float32, accumulator=accumulator),
+            study.fp8_wgrad(a, b, accumulator=accumulator),
+        )
+
+    for got in products(a, b, weight, as_read_backward):
+        np.testing.assert_array_equal(got, expected)
 
 
 @few
@@ -100,7 +109,7 @@ def test_grouped_products_are_those_of_a_slow_simulation(seed, accumulator):
     tile_group = jnp.array([0, 2, 2, 2, 3])  # group 1 is empty, and the last tile is of no group
     rows, k, n = TILE * len(tile_group), 3, 2
     x, dy = whole_numbers(rng, k, rows), whole_numbers(rng, n, rows)
-    dw = study.fp8_grouped_wgrad(x, dy, tile_group, 3, accumulator=accumulator)
+    dw = jax.jit(lambda *a: study.fp8_grouped_wgrad(*a, 3, accumulator=accumulator))(x, dy, tile_group)
     for group, tiles in enumerate([slice(0, 1), slice(0, 0), slice(1, 4)]):
         part = slice(tiles.start * TILE, tiles.stop * TILE)
         x_part, dy_part = (Tiled(q.values[:, part], q.scales[tiles]) for q in (x, dy))
@@ -117,37 +126,45 @@ def test_a_wide_accumulator_gives_the_reference(tile, interval):
     one, many = quantize_blocks(normal(2, k, n)), quantize_blocks(normal(2, groups, k, n))
     rows_of, columns_of = (quantize_rows(x), quantize_rows(dy)), (quantize_columns(x), quantize_columns(dy))
     total = normal(3, groups, k, n)
-    calls = {
-        "fp8_matmul": (rows_of[0], one, jnp.float32),
-        "fp8_matmul_transposed": (rows_of[1], one, jnp.float32),
-        "fp8_wgrad": (*columns_of, total[0]),
-        "fp8_grouped_matmul": (rows_of[0], many, tile_group, jnp.float32),
-        "fp8_grouped_matmul_transposed": (rows_of[1], many, tile_group, jnp.float32),
-        "fp8_grouped_wgrad": (*columns_of, tile_group, groups, total),
-    }
-    for name, arguments in calls.items():
-        got = jax.jit(lambda name=name, a=arguments: getattr(study, name)(*a, accumulator=wide))()
-        expected = getattr(api, name)(*arguments)
+    operands = (rows_of, columns_of, one, many, tile_group, total)
+
+    def products(op, operands):
+        (x, dy), (x_columns, dy_columns), one, many, tile_group, total = operands
+        return {
+            "forward": op("fp8_matmul")(x, one, jnp.float32),
+            "input gradient": op("fp8_matmul_transposed")(dy, one, jnp.float32),
+            "weight gradient": op("fp8_wgrad")(x_columns, dy_columns, total[0]),
+            "grouped forward": op("fp8_grouped_matmul")(x, many, tile_group, jnp.float32),
+            "grouped input gradient": op("fp8_grouped_matmul_transposed")(dy, many, tile_group, jnp.float32),
+            "grouped weight gradient": op("fp8_grouped_wgrad")(x_columns, dy_columns, tile_group, groups, total),
+        }
+
+    studied = functools.partial(products, lambda name: functools.partial(getattr(study, name), accumulator=wide))
+    got_all = jax.jit(studied)(operands)
+    expected_all = jax.jit(functools.partial(products, lambda name: getattr(api, name)))(operands)
+    for name, expected in expected_all.items():
+        got = got_all[name]
         assert got.shape == expected.shape
         np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()), err_msg=name)
 
 
 def test_without_promotion_the_error_grows_with_the_length_of_the_sum():
-    never, promoted = [], []
-    for k in (128, 1024, 8192):
-        x, weight = quantize_rows(jnp.abs(normal(0, 8, k))), quantize_blocks(jnp.abs(normal(1, k, 8)))
-        exact = jnp.matmul(dequantize(x), dequantize_blocks(weight), precision="highest")
-        never.append(error(study.fp8_matmul(x, weight, jnp.float32, accumulator=study.NEVER_PROMOTED), exact))
-        promoted.append(error(study.fp8_matmul(x, weight, jnp.float32), exact))
+    @jax.jit
+    def errors(x, weight):
+        x, weight = quantize_rows(jnp.abs(x)), quantize_blocks(jnp.abs(weight))
+        exact = api.fp8_matmul(x, weight, jnp.float32)
+        kinds = (study.NEVER_PROMOTED, study.HOPPER)
+        return [error(study.fp8_matmul(x, weight, jnp.float32, accumulator=a), exact) for a in kinds]
+
+    never, promoted = zip(*(errors(normal(0, 8, k), normal(1, k, 8)) for k in (128, 1024, 8192)), strict=True)
     assert never[0] < 3e-4
     assert never[1] > 4 * never[0]
     assert never[2] > 4 * never[1]
-    assert never[2] > 0.004
     assert max(promoted) < 3e-4
 
 
 @few
-@given(st.floats(-3e38, 3e38, width=32, allow_subnormal=False), st.integers(1, 24))
+@given(st.floats(-(2.0**120), 2.0**120, width=32, allow_subnormal=False), st.integers(1, 24))
 def test_truncation_keeps_the_leading_bits(x, bits):
     assert float(study.truncate(jnp.float32(x), bits)) == cut(x, bits)
 
@@ -160,7 +177,7 @@ def test_what_is_not_finite_stays_so():
 @pytest.mark.parametrize("shape", [(128, 256), (200, 130)])
 def test_gradients_by_block_share_the_scale_of_their_block(shape):
     x = normal(0, *shape) * jnp.exp2(jnp.arange(shape[0]) % 40 - 20.0)[:, None]
-    rows, columns = study.quantize_rows_by_block(x), study.quantize_columns_by_block(x)
+    rows, columns = jax.jit(lambda x: (study.quantize_rows_by_block(x), study.quantize_columns_by_block(x)))(x)
     like = jax.eval_shape(quantize_rows, x), jax.eval_shape(quantize_columns, x)
     assert jax.tree.map(jnp.shape, (rows, columns)) == jax.tree.map(jnp.shape, like)
     np.testing.assert_array_equal(dequantize(rows), dequantize_blocks(quantize_blocks(x)))
