@@ -468,8 +468,9 @@ class Config:
     """Folder for checkpoints, metrics and pictures."""
     resume: Literal["auto", "never"] = "never"
     """`auto` continues from the newest readable checkpoint in the output folder, if there is one."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of the matrix products. Master weights and gradients are float32 either way."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Type of the matrix products. Master weights and gradients are float32 whatever it is. `fp8` is the report's
+    recipe (3.3) for the linears; the rest, decoding and samples are in bf16."""
     recompute: Literal["none", "report", "layer"] = "report"
     """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU as the report does; or
     every layer from its input."""

@@ -14,7 +14,7 @@ from dsv3_jax.checkpoint.pretrained import PretrainedModel, load_pretrained
 from dsv3_jax.checkpoint.training import Checkpoints
 from dsv3_jax.config import Config, ConfigError, ParallelConfig, from_dict
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dsv3_jax.ops.weights import cast_weights
+from dsv3_jax.ops.weights import cast_for_inference
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.state import abstract_state
 
@@ -74,7 +74,7 @@ def _load_run(folder: Path, dtype: str | None, average: bool) -> PretrainedModel
         )
     params = restored.average if average else restored.state.params
     if dtype is None:
-        params = cast_weights(params, config.precision)
+        params = cast_for_inference(params, config.precision)
     else:
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
     return PretrainedModel(config.model, params, restored.state.router_bias)

@@ -12,6 +12,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import rotate, softmax_scale
 from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.ops.linear import FP8Rows, linear_after_attention
 from dsv3_jax.ops.products import matmul_f32
 
 Rotations = tuple[Array, Array]
@@ -43,16 +44,17 @@ class MLA(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq d_model"], rotations: Rotations) -> Float[Array, "batch seq d_model"]:
         """Causal attention over whole sequences; `rotations` are cos and sin of the positions, [seq, pairs]."""
-        config = self.config
+        config, batch = self.config, x.shape[:2]
+        x = self.kv_down.input(x)
         q_nope, q_rope = self.queries(x, rotations)
         cache = self.latents(x, rotations)
-        kv = self.kv_up(cache.latent).reshape(*x.shape[:2], config.num_heads, -1)
+        kv = self.kv_up(cache.latent).reshape(*batch, config.num_heads, -1)
         k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
         heads = causal_attention(q_nope, q_rope, k_nope, cache.k_rope, v, softmax_scale(config))
-        return self.out(heads.reshape(*x.shape[:2], -1))
+        return linear_after_attention(heads.reshape(*batch, -1), self.out.kernel.get_value())
 
     def queries(
-        self, x: Float[Array, "batch seq d_model"], rotations: Rotations
+        self, x: Float[Array, "batch seq d_model"] | FP8Rows, rotations: Rotations
     ) -> tuple[Float[Array, "batch seq heads nope"], Float[Array, "batch seq heads rope"]]:
         """The part of each head's query without position, and the rotated part."""
         config = self.config
@@ -60,12 +62,12 @@ class MLA(nnx.Module):
             q = self.q(x)
         else:
             q = self.q_up(self.q_norm(checkpoint_name(self.q_down(x), "latent")))
-        q = q.reshape(*x.shape[:2], config.num_heads, config.qk_head_dim)
+        q = q.reshape(*q.shape[:2], config.num_heads, config.qk_head_dim)
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         cos, sin = rotations
         return q_nope, rotate(q_rope, cos[..., None, :], sin[..., None, :])
 
-    def latents(self, x: Float[Array, "batch seq d_model"], rotations: Rotations) -> LatentCache:
+    def latents(self, x: Float[Array, "batch seq d_model"] | FP8Rows, rotations: Rotations) -> LatentCache:
         """The normalized latent and the rotated shared key of each token: what a cache holds."""
         down = checkpoint_name(self.kv_down(x), "latent")
         latent, k_rope = jnp.split(down, [self.config.kv_lora_rank], axis=-1)

@@ -6,7 +6,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dsv3_jax.ops.linear import linear
+from dsv3_jax.ops.feed_forward import fp8_feed_forward
+from dsv3_jax.ops.linear import FP8Rows, linear, linear_input
+from dsv3_jax.ops.weights import is_fp8
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -20,7 +22,11 @@ class Linear(nnx.Module):
     def __init__(self, d_in: int, d_out: int, std: float, rngs: nnx.Rngs):
         self.kernel = normal(rngs, (d_in, d_out), std)
 
-    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+    def input(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_in"] | FP8Rows:
+        """What the projection reads of x, to give to all that read the same x: FP8 tiles where the kernel is in FP8."""
+        return linear_input(x, self.kernel.get_value())
+
+    def __call__(self, x: Float[Array, "*batch d_in"] | FP8Rows) -> Float[Array, "*batch d_out"]:
         """x @ kernel in the type of x."""
         return linear(x, self.kernel.get_value())
 
@@ -52,6 +58,9 @@ class FeedForward(nnx.Module):
         self.gate_up = Linear(d_model, 2 * d_ff, std, rngs)
         self.down = Linear(d_ff, d_model, std, rngs)
 
-    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+    def __call__(self, x: Float[Array, "*batch d_model"] | FP8Rows) -> Float[Array, "*batch d_model"]:
         """down(silu(gate(x)) * up(x))."""
+        gate_up, down = self.gate_up.kernel.get_value(), self.down.kernel.get_value()
+        if is_fp8(gate_up):
+            return fp8_feed_forward(self.gate_up.input(x), gate_up, down)
         return self.down(swiglu(checkpoint_name(self.gate_up(x), "ffn")))

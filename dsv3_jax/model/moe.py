@@ -1,6 +1,5 @@
 """DeepSeekMoE: shared and routed experts behind a group-limited sigmoid router (report 2.1.2)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,10 +11,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import FeedForward, normal, swiglu
+from dsv3_jax.ops.feed_forward import Route, fp8_routed_feed_forward
 from dsv3_jax.ops.grouped_matmul import grouped_matmul
-from dsv3_jax.ops.permute import assign_slots, permute, permute_choices, tile_rows, unpermute
-
-ExpertsFn = Callable[[Float[Array, "rows d"], Float[Array, " rows"], Int[Array, " tiles"]], Float[Array, "rows d"]]
+from dsv3_jax.ops.linear import FP8Rows, quantize_input
+from dsv3_jax.ops.permute import (
+    Slots,
+    assign_slots,
+    permute,
+    permute_choices,
+    tile_rows,
+    unpermute,
+    unpermute_choices,
+)
+from dsv3_jax.ops.quantize import TILE
+from dsv3_jax.ops.weights import is_fp8
 
 
 @jax.tree_util.register_dataclass
@@ -41,17 +50,15 @@ class MoEStats:
 
 
 class Exchange(Protocol):
-    """Takes tokens to the devices that hold their experts and back. `LocalExchange` is the one of a single device."""
+    """Finds tokens their way to the devices that hold their experts and back. `LocalExchange` is that of one device."""
 
-    def apply(
-        self,
-        x: Float[Array, "tokens d"],
-        experts: Int[Array, "tokens top_k"],
-        weights: Float[Array, "tokens top_k"],
-        experts_fn: ExpertsFn,
-        num_experts: int,
-    ) -> tuple[Float[Array, "tokens d"], Int[Array, ""]]:
-        """Sum of each token's weighted expert outputs, and the rows that did not fit into the buffer."""
+    def route(
+        self, experts: Int[Array, "tokens top_k"], num_experts: int, tile: int | None
+    ) -> tuple[Route, Int[Array, ""]]:
+        """The way of these tokens, and the rows that did not fit into the buffer.
+
+        Rows come in tiles of `tile`; None takes what wastes little.
+        """
 
     def total(self, x: Array) -> Array:
         """Sum over all devices that share the batch."""
@@ -60,35 +67,52 @@ class Exchange(Protocol):
 class LocalExchange:
     """All experts and all tokens on this device: nothing to exchange."""
 
-    def apply(
-        self,
-        x: Float[Array, "tokens d"],
-        experts: Int[Array, "tokens top_k"],
-        weights: Float[Array, "tokens top_k"],
-        experts_fn: ExpertsFn,
-        num_experts: int,
-    ) -> tuple[Float[Array, "tokens d"], Int[Array, ""]]:
+    def route(
+        self, experts: Int[Array, "tokens top_k"], num_experts: int, tile: int | None
+    ) -> tuple[Route, Int[Array, ""]]:
         """See `Exchange`; nothing can overflow."""
-        return apply_sorted(x, experts, weights, experts_fn, num_experts), jnp.zeros((), jnp.int32)
+        return sort_by_group(experts, num_experts, tile), jnp.zeros((), jnp.int32)
 
     def total(self, x: Array) -> Array:
         """The only device's value."""
         return x
 
 
-def apply_sorted(
-    x: Float[Array, "tokens d"],
-    groups: Int[Array, "tokens k"],
-    weights: Float[Array, "tokens k"],
-    experts_fn: ExpertsFn,
-    num_groups: int,
-    valid: Bool[Array, "tokens k"] | None = None,
-) -> Float[Array, "tokens d"]:
-    """Sort tokens by expert into whole tiles, run the experts, and sum each token's outputs."""
-    tile = tile_rows(groups.size, num_groups)
-    slots = checkpoint_name(assign_slots(groups, num_groups, tile, valid), "routing")
-    rows = experts_fn(permute(x, slots), permute_choices(weights, slots), slots.tile_group)
-    return unpermute(rows, slots)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LocalRoute:
+    """Tokens sorted by expert into whole tiles; see `Route`."""
+
+    slots: Slots
+
+    @property
+    def tile_group(self) -> Int[Array, " tiles"]:
+        """The expert of each tile of rows."""
+        return self.slots.tile_group
+
+    def dispatch(self, x: Float[Array, "tokens d"]) -> Float[Array, "rows d"]:
+        """Each token to the rows of its choices."""
+        return permute(x, self.slots)
+
+    def combine(self, rows: Float[Array, "rows d"]) -> Float[Array, "tokens d"]:
+        """The sum of each token's rows."""
+        return unpermute(rows, self.slots)
+
+    def dispatch_choices(self, values: Float[Array, "tokens k"]) -> Float[Array, " rows"]:
+        """The value of the choice that each row holds."""
+        return permute_choices(values, self.slots)
+
+    def combine_choices(self, values: Float[Array, " rows"]) -> Float[Array, "tokens k"]:
+        """The value of each choice's row."""
+        return unpermute_choices(values, self.slots)
+
+
+def sort_by_group(
+    groups: Int[Array, "tokens k"], num_groups: int, tile: int | None, valid: Bool[Array, "tokens k"] | None = None
+) -> LocalRoute:
+    """The route of tokens on one device; choices that are not `valid` have no row."""
+    tile = tile or tile_rows(groups.size, num_groups)
+    return LocalRoute(checkpoint_name(assign_slots(groups, num_groups, tile, valid), "routing"))
 
 
 class Router(nnx.Module):
@@ -131,12 +155,17 @@ class Experts(nnx.Module):
         self.down = normal(rngs, (num, d_ff, d_model), std)
 
     def __call__(
-        self, rows: Float[Array, "rows d_model"], weights: Float[Array, " rows"], tile_group: Int[Array, " tiles"]
-    ) -> Float[Array, "rows d_model"]:
-        """SwiGLU of each row by the expert of its tile, weighted before the down projection."""
-        hidden = checkpoint_name(grouped_matmul(rows, self.gate_up.get_value(), tile_group), "ffn")
-        weighted = (swiglu(hidden).astype(jnp.float32) * weights[:, None]).astype(rows.dtype)
-        return grouped_matmul(weighted, self.down.get_value(), tile_group)
+        self, x: Float[Array, "tokens d_model"] | FP8Rows, weights: Float[Array, "tokens top_k"], route: Route
+    ) -> Float[Array, "tokens d_model"]:
+        """The sum of each token's experts' SwiGLU feed-forwards, weighted before the down projection."""
+        gate_up, down = self.gate_up.get_value(), self.down.get_value()
+        if is_fp8(gate_up):
+            return fp8_routed_feed_forward(x, weights, route, gate_up, down)
+        rows = route.dispatch(x)
+        hidden = checkpoint_name(grouped_matmul(rows, gate_up, route.tile_group), "ffn")
+        row_weights = route.dispatch_choices(weights)[:, None]
+        weighted = (swiglu(hidden).astype(jnp.float32) * row_weights).astype(rows.dtype)
+        return route.combine(grouped_matmul(weighted, down, route.tile_group))
 
 
 class MoE(nnx.Module):
@@ -160,17 +189,16 @@ class MoE(nnx.Module):
         """The layer's output and its statistics, over the positions that are `counted` (None: all)."""
         config = self.config
         routing = self.router(x, bias)
+        fp8 = is_fp8(self.experts.gate_up.get_value())
+        # FP8 weight gradients reduce tiles of 128 rows: each must lie within one expert.
+        experts = routing.experts.reshape(-1, config.top_k)
+        route, overflow = exchange.route(experts, config.num_experts, TILE if fp8 else None)
         flat = x.reshape(-1, config.d_model)
-        y, overflow = exchange.apply(
-            flat,
-            routing.experts.reshape(-1, config.top_k),
-            routing.weights.reshape(-1, config.top_k),
-            self.experts,
-            config.num_experts,
-        )
-        y = y.reshape(x.shape)
+        flat = quantize_input(flat, power_of_2=True) if fp8 else flat
+        y = self.experts(flat, routing.weights.reshape(-1, config.top_k), route)
         if config.num_shared_experts:
-            y = y + self.shared(x)
+            y = y + self.shared(flat)
+        y = y.reshape(x.shape)
         return y, moe_stats(routing, overflow, config, exchange, counted)
 
 

@@ -3,10 +3,12 @@
 Training keeps float32 master weights. Once per optimizer step they are cast to what the products read; the gradient
 must not be rounded to that type on its way back. So a cast weight travels as a `MixedWeight`: the cast value, and a
 float32 slot of the same shape that is never read. Differentiating with respect to the slot gives the float32
-gradient. An FP8 weight, with its two layouts and scales, is one more class beside this one.
+gradient. An `FP8Weight` is the same for a value in FP8 blocks.
 """
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -14,11 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.ops.quantize import E4M3, Blocked, quantize_blocks
+from dsv3_jax.ops.recipe import Recipe
 
 Params = dict[str, Any]
 
-# Norm gains and the router stay in float32 whatever the policy (report 3.3.1).
+# Norm gains and the router stay in float32 whatever the policy; of the other weights the embedding, the output head
+# and the MTP projection, which the released checkpoint does not quantize either, are no FP8 linears (report 3.3.1).
 _FLOAT32_LEAVES = {"scale", "router"}
+_BF16_LEAVES = {"embed", "head", "projection"}
 
 
 @jax.tree_util.register_dataclass
@@ -30,36 +36,82 @@ class MixedWeight:
     slot: Float[Array, "*shape"]
 
 
-Weight = Array | MixedWeight
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FP8Weight:
+    """A weight in FP8 blocks, in both layouts, the float32 slot that its gradient lands in, and how it is used.
 
-
-def value_of(weight: Weight) -> Array:
-    """The array that a product reads."""
-    return weight.value if isinstance(weight, MixedWeight) else weight
-
-
-def cast_weights(params: Params, precision: str) -> Params:
-    """The compute copy of float32 master weights: bf16 but for norm gains and the router, or float32 throughout.
-
-    Raises ConfigError for another precision than "bf16" and "fp32".
+    Without a slot it can be computed with, but not differentiated.
     """
-    dtypes = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
-    if precision not in dtypes:
-        raise ConfigError(f"precision={precision!r}: choose one of {' or '.join(map(repr, dtypes))}")
-    dtype = dtypes[precision]
 
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        kept = _FLOAT32_LEAVES & {entry.key for entry in path}
-        return leaf if kept else leaf.astype(dtype)
+    value: Blocked
+    slot: Float[Array, "*groups k n"] | None = None
+    recipe: Recipe = field(default=Recipe(), metadata={"static": True})
+
+
+Weight = Array | MixedWeight | FP8Weight
+
+
+def weight_type(path: Sequence[Any], precision: str) -> jnp.dtype:
+    """What the weight at a path of the parameter tree is cast to; float8_e4m3fn says: to an `FP8Weight`.
+
+    Raises ConfigError for another precision than "bf16", "fp32" and "fp8".
+    """
+    dtypes = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "fp8": E4M3}
+    if precision not in dtypes:
+        raise ConfigError(f"precision={precision!r}: choose one of {', '.join(map(repr, dtypes))}")
+    names = {entry.key for entry in path}
+    if _FLOAT32_LEAVES & names:
+        return jnp.dtype(jnp.float32)
+    if precision == "fp8" and _BF16_LEAVES & names:
+        return jnp.dtype(jnp.bfloat16)
+    return jnp.dtype(dtypes[precision])
+
+
+def cast_weights(params: Params, precision: str, recipe: Recipe | None = None) -> Params:
+    """The compute copy of float32 master weights: bf16 but for norm gains and the router, or float32 throughout, or
+    fp8: every linear an `FP8Weight`, the embedding, the head and the MTP projection in bf16.
+
+    Raises what `weight_type` raises.
+    """
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array | FP8Weight:
+        dtype = weight_type(path, precision)
+        if dtype == E4M3:
+            return FP8Weight(quantize_blocks(leaf), recipe=recipe or Recipe())
+        return leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def cast_for_inference(params: Params, precision: str) -> Params:
+    """`cast_weights` as evaluation harnesses and decoding read them: in bf16 for a run in fp8, since decoding absorbs
+    up-projections into the query and so has other products than the ones that training quantizes."""
+    return cast_weights(params, "bf16" if precision == "fp8" else precision)
+
+
 def gradient_slots(compute: Params) -> Params:
     """What to differentiate with respect to: float32 weights themselves, zeros in the shape of the others."""
-    return jax.tree.map(lambda w: w if w.dtype == jnp.float32 else jnp.zeros(w.shape, jnp.float32), compute)
+
+    def slot(w: Array | FP8Weight) -> Array:
+        if isinstance(w, FP8Weight):
+            return jnp.zeros(w.value.values.shape, jnp.float32)
+        return w if w.dtype == jnp.float32 else jnp.zeros(w.shape, jnp.float32)
+
+    return jax.tree.map(slot, compute, is_leaf=is_fp8)
 
 
 def attach_slots(compute: Params, slots: Params) -> Params:
     """The tree a model is applied to, from the compute copy and what `gradient_slots` returned for it."""
-    return jax.tree.map(lambda w, s: s if w.dtype == jnp.float32 else MixedWeight(w, s), compute, slots)
+
+    def attach(w: Array | FP8Weight, slot: Array) -> Weight:
+        if isinstance(w, FP8Weight):
+            return dataclasses.replace(w, slot=slot)
+        return slot if w.dtype == jnp.float32 else MixedWeight(w, slot)
+
+    return jax.tree.map(attach, compute, slots, is_leaf=is_fp8)
+
+
+def is_fp8(weight: Any) -> bool:
+    """Whether products with this weight are FP8 products."""
+    return isinstance(weight, FP8Weight)

@@ -5,15 +5,16 @@ over all devices of the expert group.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.model.moe import ExpertsFn, LocalExchange, apply_sorted
-from dsv3_jax.ops.permute import assign_slots, permute, permute_choices, unpermute
+from dsv3_jax.model.moe import LocalExchange, LocalRoute, sort_by_group
+from dsv3_jax.ops.feed_forward import Route
+from dsv3_jax.ops.permute import Slots, assign_slots, permute, permute_choices, unpermute, unpermute_choices
 from dsv3_jax.parallel.row_exchange import RowPlan, exchange_rows
 
 
@@ -41,30 +42,66 @@ class FlatExchange:
         """Sum over all devices that share the batch."""
         return jax.lax.psum(x, self.batch_axes)
 
-    def apply(
-        self,
-        x: Float[Array, "tokens d"],
-        experts: Int[Array, "tokens top_k"],
-        weights: Float[Array, "tokens top_k"],
-        experts_fn: ExpertsFn,
-        num_experts: int,
-    ) -> tuple[Float[Array, "tokens d"], Int[Array, ""]]:
-        """Dispatch, run this device's experts, combine; and the rows that the receiving buffers had no room for."""
+    def route(
+        self, experts: Int[Array, "tokens top_k"], num_experts: int, tile: int | None
+    ) -> tuple[Route, Int[Array, ""]]:
+        """Tokens' way to their experts' devices; and the rows that the receiving buffers had no room for."""
+        tokens, top_k = experts.shape
         here = num_experts // jax.lax.axis_size(self.expert_axes)
         slots = checkpoint_name(assign_slots(experts, num_experts, tile=1), "routing")
-        buffer = buffer_rows(x.shape[0], experts.shape[1], num_experts, here, self.buffer_factor)
+        buffer = buffer_rows(tokens, top_k, num_experts, here, self.buffer_factor)
         plan, received_expert, overflow = checkpoint_name(
             plan_exchange(slots.sizes, here, buffer, self.expert_axes), "routing"
         )
-        largest = x.shape[0] * min(experts.shape[1], here)
-        rows = exchange_rows(permute(x, slots), plan, buffer, largest, self.expert_axes)
-        row_weights = permute_choices(weights, slots)[:, None]
-        row_weights = exchange_rows(row_weights, plan, buffer, largest, self.expert_axes)
-        rows, row_weights = checkpoint_name((rows, row_weights), "dispatched")
         group = received_expert[:, None]
-        out = apply_sorted(rows, group, row_weights, experts_fn, here, group < here)
-        out = exchange_rows(out, plan.reversed(), experts.size, largest, self.expert_axes)
-        return unpermute(out, slots), overflow
+        local = sort_by_group(group, here, tile, group < here)
+        largest = tokens * min(top_k, here)
+        return FlatRoute(slots, plan, local, experts.size, buffer, largest, self.expert_axes), overflow
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FlatRoute:
+    """Sorted by device, exchanged, and sorted by expert where they arrived; see `ops.feed_forward.Route`."""
+
+    slots: Slots
+    plan: RowPlan
+    local: LocalRoute
+    sent: int = field(metadata={"static": True})
+    """Rows this device sends."""
+    buffer: int = field(metadata={"static": True})
+    """Rows this device can receive."""
+    largest: int = field(metadata={"static": True})
+    """The most rows that any device can send another."""
+    axes: tuple[str, ...] = field(metadata={"static": True})
+
+    @property
+    def tile_group(self) -> Int[Array, " tiles"]:
+        """The expert of each tile of rows."""
+        return self.local.tile_group
+
+    def dispatch(self, x: Float[Array, "tokens d"]) -> Float[Array, "rows d"]:
+        """Each token to the rows of its choices."""
+        return self.local.dispatch(checkpoint_name(self._there(permute(x, self.slots)), "dispatched"))
+
+    def combine(self, rows: Float[Array, "rows d"]) -> Float[Array, "tokens d"]:
+        """The sum of each token's rows."""
+        return unpermute(self._back(self.local.combine(rows)), self.slots)
+
+    def dispatch_choices(self, values: Float[Array, "tokens k"]) -> Float[Array, " rows"]:
+        """The value of the choice that each row holds."""
+        there = self._there(permute_choices(values, self.slots)[:, None])
+        return self.local.dispatch_choices(checkpoint_name(there, "dispatched"))
+
+    def combine_choices(self, values: Float[Array, " rows"]) -> Float[Array, "tokens k"]:
+        """The value of each choice's row."""
+        return unpermute_choices(self._back(self.local.combine_choices(values))[:, 0], self.slots)
+
+    def _there(self, rows: Float[Array, "sent d"]) -> Float[Array, "buffer d"]:
+        return exchange_rows(rows, self.plan, self.buffer, self.largest, self.axes)
+
+    def _back(self, rows: Float[Array, "buffer d"]) -> Float[Array, "sent d"]:
+        return exchange_rows(rows, self.plan.reversed(), self.sent, self.largest, self.axes)
 
 
 def buffer_rows(tokens: int, top_k: int, num_experts: int, here: int, factor: float) -> int:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
+from dsv3_jax.ops.quantize import TILE, Blocked, quantize_blocks
 from dsv3_jax.ops.weights import Params
 from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
 
@@ -52,6 +54,22 @@ class Sharding:
         if self.zero_dim is not None:
             shard = jax.lax.all_gather(shard, self.zero_axes, axis=self.zero_dim, tiled=True)
         return vary_over(shard, self.expert_axes + self.replica_axes)
+
+    def gather_fp8(self, shard: Array) -> Blocked:
+        """`gather` of a float32 shard, quantized: the same blocks on any mesh.
+
+        Where shards are made of whole blocks they are quantized first, and the network moves FP8.
+        """
+        if self._cuts_blocks(shard.shape):
+            return quantize_blocks(self.gather(shard))
+        blocks = quantize_blocks(shard)
+        if self.zero_dim is None:
+            return jax.tree.map(self.gather, blocks)
+        values = self.gather(blocks.values)
+        return Blocked(values, jnp.swapaxes(values, -1, -2), self.gather(blocks.scales))
+
+    def _cuts_blocks(self, shard: tuple[int, ...]) -> bool:
+        return self.zero_dim is not None and self.zero_dim >= self.ndim - 2 and shard[self.zero_dim] % TILE != 0
 
     def reduce(self, gradient: Array) -> Array:
         """Sum of the replicas' gradients, as this device's shard."""

@@ -14,7 +14,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.pipeline import train_rows
 from dsv3_jax.evaluate.bigram import fit_bigram
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.ops.weights import Params, cast_weights
+from dsv3_jax.ops.weights import Params, cast_for_inference
 from dsv3_jax.parallel.mesh import batch_axes
 from dsv3_jax.train.loop import Finished, Text
 from dsv3_jax.train.pictures import draw_curves, draw_expert_load
@@ -96,7 +96,7 @@ def _bigram(config: Config, run: Finished) -> dict[str, float | int]:
 def _sample(config: Config, run: Finished) -> dict[str, str]:
     """A completion of the beginning of a held-out row."""
     everywhere = NamedSharding(run.mesh, PartitionSpec())
-    cast = jax.jit(lambda p: cast_weights(p, config.precision), out_shardings=everywhere)
+    cast = jax.jit(lambda p: cast_for_inference(p, config.precision), out_shardings=everywhere)
     params, bias = jax.device_get((cast(run.state.params), run.state.router_bias))
     model = PretrainedModel(config.model, params, bias)
     prompt = run.text.validation[:1, : min(_PROMPT_TOKENS, config.batch.seq_len // 2)]

@@ -14,10 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model.moe import Exchange, LocalExchange
 from dsv3_jax.model.transformer import RouterBias
-from dsv3_jax.ops.weights import Params, attach_slots, cast_weights, gradient_slots
+from dsv3_jax.ops.quantize import E4M3
+from dsv3_jax.ops.recipe import Recipe
+from dsv3_jax.ops.weights import FP8Weight, Params, attach_slots, gradient_slots, weight_type
 from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
 from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
-from dsv3_jax.parallel.sharding import param_shardings
+from dsv3_jax.parallel.sharding import Sharding, param_shardings
 from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_loss
 from dsv3_jax.train.optimizer import adamw_update
 from dsv3_jax.train.state import TrainState, model_structure, state_specs
@@ -46,16 +48,17 @@ class StepReport:
 Step = Callable[[TrainState, Int[Array, "microbatches batch seq"], Knobs], tuple[TrainState, StepReport]]
 
 
-def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None) -> Step:
+def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None, recipe: Recipe | None = None) -> Step:
     """The compiled step: (state, tokens, knobs) -> (state, report). The state passed in is consumed.
 
     Tokens are [microbatches, sequences, seq], the sequences split over the mesh. A step whose loss or gradient is not
-    finite, or whose expert exchange overflowed its buffer, returns the state as it was.
+    finite, or whose expert exchange overflowed its buffer, returns the state as it was. `recipe` is for studies of
+    precision="fp8"; None is the report's.
     """
     specs = state_specs(config, mesh)
     tokens_spec = PartitionSpec(None, batch_axes(mesh))
     step = jax.shard_map(
-        partial(_device_step, config, mesh, buffer_factor or config.parallel.expert_buffer_factor),
+        partial(_device_step, config, mesh, buffer_factor or config.parallel.expert_buffer_factor, recipe or Recipe()),
         mesh=mesh,
         in_specs=(specs, tokens_spec, PartitionSpec()),
         out_specs=(specs, PartitionSpec()),
@@ -95,13 +98,14 @@ def _device_step(
     config: Config,
     mesh: Mesh,
     buffer_factor: float,
+    recipe: Recipe,
     state: TrainState,
     tokens: Int[Array, "microbatches batch seq"],
     knobs: Knobs,
 ) -> tuple[TrainState, StepReport]:
     graphdef, shapes = model_structure(config.model)
     shardings = param_shardings(shapes, mesh)
-    compute = _compute_weights(config, shardings, state.params)
+    compute = _compute_weights(config, shardings, state.params, recipe)
     axes = batch_axes(mesh)
     router_bias, loss_weights = _vary_all((state.router_bias, knobs.loss), axes)
     exchange = exchange_for(mesh, buffer_factor)
@@ -138,10 +142,16 @@ def update_router_bias(
     return {kind: update(b, load[kind]) for kind, b in bias.items()}
 
 
-def _compute_weights(config: Config, shardings: dict[str, Any], params: Params) -> Params:
+def _compute_weights(config: Config, shardings: dict[str, Any], params: Params, recipe: Recipe) -> Params:
     """Cast first, then gather: the network moves the narrow type."""
-    cast = cast_weights(params, config.precision)
-    return jax.tree.map(lambda shard, s: s.gather(shard), cast, shardings)
+
+    def cast(path: tuple[Any, ...], shard: Array, sharding: Sharding) -> Array | FP8Weight:
+        dtype = weight_type(path, config.precision)
+        if dtype == E4M3:
+            return FP8Weight(sharding.gather_fp8(shard), recipe=recipe)
+        return sharding.gather(shard.astype(dtype))
+
+    return jax.tree_util.tree_map_with_path(cast, params, shardings)
 
 
 def _vary_all(tree: Any, axes: tuple[str, ...]) -> Any:
@@ -193,7 +203,7 @@ def _device_evaluation(
     row_weights: Float[Array, " batch"],
 ) -> Float[Array, ""]:
     graphdef, shapes = model_structure(config.model)
-    compute = _compute_weights(config, param_shardings(shapes, mesh), params)
+    compute = _compute_weights(config, param_shardings(shapes, mesh), params, Recipe())
     # A device may receive any load here: evaluation has no second try.
     exchange = exchange_for(mesh, buffer_factor=float(mesh.size * config.model.num_experts))
     model = nnx.merge(graphdef, compute)

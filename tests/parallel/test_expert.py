@@ -13,17 +13,16 @@ DEVICES, TOKENS, TOP_K, EXPERTS, D, D_FF = 8, 12, 3, 16, 8, 6
 AXES = ("node", "gpu")
 
 
-def experts_fn(weights):
-    def apply(rows, row_weights, tile_group):
-        hidden = swiglu(grouped_matmul(rows, weights["gate_up"], tile_group)) * row_weights[:, None]
-        return grouped_matmul(hidden, weights["down"], tile_group)
-
-    return apply
+def feed_forward(weights, x, gates, route):
+    hidden = swiglu(grouped_matmul(route.dispatch(x), weights["gate_up"], route.tile_group))
+    weighted = hidden * route.dispatch_choices(gates)[:, None]
+    return route.combine(grouped_matmul(weighted, weights["down"], route.tile_group))
 
 
 def loss_of(exchange, axes=()):
     def loss(weights, x, gates, experts, target):
-        y, overflow = exchange.apply(x, experts, gates, experts_fn(weights), EXPERTS)
+        route, overflow = exchange.route(experts, EXPERTS, None)
+        y = feed_forward(weights, x, gates, route)
         total = (y * target).sum()
         # Each device differentiates its own share; the gradients of other devices' experts come by the exchange.
         return total, (y, overflow)

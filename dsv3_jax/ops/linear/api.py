@@ -1,21 +1,36 @@
-"""Linear layers and the embedding lookup, for plain and for mixed-precision weights."""
+"""Linear layers and the embedding lookup, for plain, mixed-precision and FP8 weights."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.linear.fp8 import FP8Rows, fp8_linear, fp8_linear_after_attention, quantize_input
 from dsv3_jax.ops.products import transposed_matmul_f32
-from dsv3_jax.ops.weights import MixedWeight, Weight
+from dsv3_jax.ops.weights import FP8Weight, MixedWeight, Weight
 
 
-def linear(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch n"]:
+def linear(x: Float[Array, "*batch k"] | FP8Rows, weight: Weight) -> Float[Array, "*batch n"]:
     """x @ weight in the type of x, accumulated in float32; weight is [k, n].
 
-    The gradient of a `MixedWeight` is computed and returned in float32 (report 3.3.1).
+    The gradient of a `MixedWeight` or `FP8Weight` is computed and returned in float32 (report 3.3.1). `FP8Rows` are
+    for an `FP8Weight` only.
     """
+    if isinstance(weight, FP8Weight):
+        return fp8_linear(x, weight)
     if isinstance(weight, MixedWeight):
         return _mixed_linear(x, weight.value, weight.slot)
     return jnp.matmul(x, weight.astype(x.dtype))
+
+
+def linear_after_attention(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch n"]:
+    """`linear` of attention's output, which under FP8 keeps its input more precisely (report 3.3.3)."""
+    return fp8_linear_after_attention(x, weight) if isinstance(weight, FP8Weight) else linear(x, weight)
+
+
+def linear_input(x: Float[Array, "*batch k"] | FP8Rows, weight: Weight) -> Float[Array, "*batch k"] | FP8Rows:
+    """What linears with weights of this kind read: x, or its tiles, which several of them share."""
+    quantized = isinstance(x, FP8Rows) or not isinstance(weight, FP8Weight)
+    return x if quantized else quantize_input(x)
 
 
 @jax.custom_vjp

@@ -93,6 +93,11 @@ unpermute.defvjp(
 )
 
 
+def unpermute_choices(values: Float[Array, " rows"], slots: Slots) -> Float[Array, "tokens k"]:
+    """The value of the row of each (token, choice); zero where it has none. The transpose of `permute_choices`."""
+    return _take_rows(values, slots.slot_of)
+
+
 def permute_choices(values: Float[Array, "tokens k"], slots: Slots) -> Float[Array, " rows"]:
     """The value of the (token, choice) that each row holds; zero where it holds none."""
     rows = slots.token_of.shape[0]

@@ -1,0 +1,140 @@
+"""SwiGLU feed-forwards in FP8: what lies between two products is quantized where it is made (report 3.3).
+
+The backward pass needs the input's tiles and the SwiGLU's input in FP8, and nothing in 16 bits: the SwiGLU's output
+is computed again (report 3.3.3).
+"""
+
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.ops.linear.fp8 import FP8Rows
+from dsv3_jax.ops.quantize import Tiled, quantize_rows, retile, swiglu_quantize
+from dsv3_jax.ops.weights import FP8Weight
+
+
+class Route(Protocol):
+    """Where the tokens of one layer go: to the rows of their experts, and back. Each direction is linear and the
+    other's transpose."""
+
+    @property
+    def tile_group(self) -> Int[Array, " tiles"]:
+        """The expert of each tile of rows on this device; the number of experts for a tile without rows."""
+
+    def dispatch(self, x: Float[Array, "tokens d"]) -> Float[Array, "rows d"]:
+        """Each token to the rows of its choices; rows that hold no token are zero. Any type travels as it is."""
+
+    def combine(self, rows: Float[Array, "rows d"]) -> Float[Array, "tokens d"]:
+        """The sum of each token's rows. Reads no row that holds no token."""
+
+    def dispatch_choices(self, values: Float[Array, "tokens k"]) -> Float[Array, " rows"]:
+        """The value of the choice that each row holds."""
+
+    def combine_choices(self, values: Float[Array, " rows"]) -> Float[Array, "tokens k"]:
+        """The value of each choice's row."""
+
+
+class _Kept(NamedTuple):
+    """What the backward pass of a feed-forward needs."""
+
+    tiles: Tiled
+    hidden: Tiled
+    row_weights: Float[Array, " rows"] | None
+    tile_group: Int[Array, " tiles"] | None
+    gate_up: FP8Weight
+    down: FP8Weight
+
+
+class _Gradients(NamedTuple):
+    rows: Float[Array, "rows d"]
+    row_weights: Float[Array, " rows"] | None
+    gate_up: FP8Weight
+    down: FP8Weight
+
+
+@jax.custom_vjp
+def fp8_feed_forward(x: FP8Rows, gate_up: FP8Weight, down: FP8Weight) -> Float[Array, "*batch d"]:
+    """down(silu(gate(x)) * up(x)), with the gate and up projections fused, gate first."""
+    return _dense_fwd(x, gate_up, down)[0]
+
+
+def _dense_fwd(x: FP8Rows, gate_up: FP8Weight, down: FP8Weight) -> tuple[Array, _Kept]:
+    y, kept = _forward(x.tiles, None, None, gate_up, down, x.source.dtype)
+    return y.reshape(x.source.shape), kept
+
+
+def _dense_bwd(kept: _Kept, dy: Array) -> tuple[FP8Rows, FP8Weight, FP8Weight]:
+    dy_tiles = kept.down.recipe.gradient(dy.reshape(-1, dy.shape[-1]))
+    gradients = _backward(kept, *dy_tiles, dy.dtype)
+    return FP8Rows(None, gradients.rows.reshape(dy.shape)), gradients.gate_up, gradients.down
+
+
+fp8_feed_forward.defvjp(_dense_fwd, _dense_bwd)
+
+
+@jax.custom_vjp
+def fp8_routed_feed_forward(
+    x: FP8Rows, weights: Float[Array, "tokens k"], route: Route, gate_up: FP8Weight, down: FP8Weight
+) -> Float[Array, "tokens d"]:
+    """The sum over each token's experts of their feed-forward, weighted before the down projection.
+
+    Tokens, and the gradients of the experts' outputs, travel in FP8 with the power-of-two scales that x must have;
+    outputs, and the gradients of the tokens, in the type of x (report 3.3.3). Rows must come in tiles of 128, along
+    which the weight gradients' tiles run.
+    """
+    return _routed_fwd(x, weights, route, gate_up, down)[0]
+
+
+def _routed_fwd(
+    x: FP8Rows, weights: Array, route: Route, gate_up: FP8Weight, down: FP8Weight
+) -> tuple[Array, tuple[_Kept, Route]]:
+    tiles, row_weights = _dispatch(route, x.tiles), route.dispatch_choices(weights)
+    rows, kept = _forward(tiles, row_weights, route.tile_group, gate_up, down, x.source.dtype)
+    return route.combine(rows).reshape(x.source.shape), (kept, route)
+
+
+def _routed_bwd(residuals: tuple[_Kept, Route], dy: Array) -> tuple:
+    kept, route = residuals
+    dy_tiles = _dispatch(route, quantize_rows(dy.reshape(-1, dy.shape[-1]), power_of_2=True))
+    gradients = _backward(kept, *kept.down.recipe.received_gradient(dy_tiles), dy.dtype)
+    d_source = route.combine(gradients.rows).reshape(dy.shape)
+    d_weights = route.combine_choices(gradients.row_weights)
+    return FP8Rows(None, d_source), d_weights, None, gradients.gate_up, gradients.down
+
+
+fp8_routed_feed_forward.defvjp(_routed_fwd, _routed_bwd)
+
+
+def _dispatch(route: Route, tiles: Tiled) -> Tiled:
+    return Tiled(route.dispatch(tiles.values), route.dispatch(tiles.scales.T).T)
+
+
+def _forward(
+    tiles: Tiled,
+    row_weights: Float[Array, " rows"] | None,
+    tile_group: Int[Array, " tiles"] | None,
+    gate_up: FP8Weight,
+    down: FP8Weight,
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "rows d"], _Kept]:
+    hidden = gate_up.recipe.matmul(tiles, gate_up.value, tile_group, dtype)
+    hidden, out = swiglu_quantize(hidden, row_weights)
+    hidden = checkpoint_name(hidden, "ffn")
+    y = down.recipe.matmul(out, down.value, tile_group, dtype)
+    return y, _Kept(tiles, hidden, row_weights, tile_group, replace(gate_up, slot=None), replace(down, slot=None))
+
+
+def _backward(kept: _Kept, dy_rows: Tiled, dy_columns: Tiled, dtype: jnp.dtype) -> _Gradients:
+    tiles, hidden, row_weights, tile_group, gate_up, down = kept
+    d_out = down.recipe.matmul_transposed(dy_rows, down.value, tile_group, dtype)
+    inner = down.recipe.swiglu_backward(hidden, d_out, row_weights)
+    d_down = down.recipe.wgrad(inner.output_columns, dy_columns, down.value, tile_group)
+    d_rows = gate_up.recipe.matmul_transposed(inner.d_hidden_rows, gate_up.value, tile_group, dtype)
+    d_gate_up = gate_up.recipe.wgrad(retile(tiles), inner.d_hidden_columns, gate_up.value, tile_group)
+    return _Gradients(
+        d_rows, inner.d_weights, replace(gate_up, value=None, slot=d_gate_up), replace(down, value=None, slot=d_down)
+    )

@@ -1,0 +1,98 @@
+"""Linear layers whose three products are in FP8 (report 3.3)."""
+
+from dataclasses import dataclass, replace
+
+import jax
+from jaxtyping import Array, Float
+
+from dsv3_jax.ops.quantize import (
+    Tiled,
+    dequantize_e5m6,
+    quantize_columns,
+    quantize_e5m6,
+    quantize_rows,
+    retile,
+)
+from dsv3_jax.ops.weights import FP8Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FP8Rows:
+    """The input of FP8 linears: quantized once for all that read it, and none of them keeps the 16-bit value."""
+
+    tiles: Tiled
+    """[rows, k], the batch dimensions flattened."""
+    source: Float[Array, "*batch k"]
+    """What the tiles were made of. A linear never reads it; the gradient of the input lands in it."""
+
+
+def quantize_input(x: Float[Array, "*batch k"], power_of_2: bool = False) -> FP8Rows:
+    """x in 1x128 tiles; with power-of-two scales where it will travel (report 3.3.3)."""
+    return FP8Rows(_constant(quantize_rows(x.reshape(-1, x.shape[-1]), power_of_2)), x)
+
+
+def fp8_linear(x: Float[Array, "*batch k"] | FP8Rows, weight: FP8Weight) -> Float[Array, "*batch n"]:
+    """x @ weight in the type of x. Keeps the tiles of x, and turns them to run along the rows in the backward pass."""
+    return _linear(x if isinstance(x, FP8Rows) else quantize_input(x), weight)
+
+
+@jax.custom_vjp
+def fp8_linear_after_attention(x: Float[Array, "*batch k"], weight: FP8Weight) -> Float[Array, "*batch n"]:
+    """`fp8_linear` that keeps its input in E5M6, since attention's backward pass is sensitive to it (report 3.3.3)."""
+    return _product(quantize_rows(_flat(x)), x, weight)
+
+
+@jax.custom_vjp
+def _linear(x: FP8Rows, weight: FP8Weight) -> Array:
+    return _product(x.tiles, x.source, weight)
+
+
+def _linear_fwd(x: FP8Rows, weight: FP8Weight) -> tuple[Array, tuple[Tiled, FP8Weight]]:
+    return _product(x.tiles, x.source, weight), (x.tiles, replace(weight, slot=None))
+
+
+def _linear_bwd(residuals: tuple[Tiled, FP8Weight], dy: Array) -> tuple[FP8Rows, FP8Weight]:
+    tiles, weight = residuals
+    dx, dw = _gradients(retile(tiles), dy, weight)
+    return FP8Rows(None, dx), replace(weight, value=None, slot=dw)
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def _after_attention_fwd(x: Array, weight: FP8Weight) -> tuple[Array, tuple[tuple[Array, Array], FP8Weight]]:
+    y = _product(quantize_rows(_flat(x)), x, weight)
+    return y, (quantize_e5m6(_flat(x)), replace(weight, slot=None))
+
+
+def _after_attention_bwd(residuals: tuple[tuple[Array, Array], FP8Weight], dy: Array) -> tuple[Array, FP8Weight]:
+    kept, weight = residuals
+    # Both scales are powers of two, so that the second rounding falls on the grid of the first.
+    columns = quantize_columns(dequantize_e5m6(*kept), power_of_2=True)
+    dx, dw = _gradients(columns, dy, weight)
+    return dx, replace(weight, value=None, slot=dw)
+
+
+fp8_linear_after_attention.defvjp(_after_attention_fwd, _after_attention_bwd)
+
+
+def _product(tiles: Tiled, like: Array, weight: FP8Weight) -> Array:
+    y = weight.recipe.matmul(tiles, weight.value, None, like.dtype)
+    return y.reshape(*like.shape[:-1], -1)
+
+
+def _gradients(x_columns: Tiled, dy: Array, weight: FP8Weight) -> tuple[Array, Array]:
+    """Of the input, in the type of dy, and of the weight, in float32."""
+    dy_rows, dy_columns = weight.recipe.gradient(_flat(dy))
+    dx = weight.recipe.matmul_transposed(dy_rows, weight.value, None, dy.dtype)
+    dw = weight.recipe.wgrad(x_columns, dy_columns, weight.value, None)
+    return dx.reshape(*dy.shape[:-1], -1), dw
+
+
+def _flat(x: Array) -> Float[Array, "rows k"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _constant(tiles: Tiled) -> Tiled:
+    return jax.tree.map(jax.lax.stop_gradient, tiles)
