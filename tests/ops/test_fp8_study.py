@@ -177,7 +177,7 @@ def test_what_is_not_finite_stays_so():
 @pytest.mark.parametrize("shape", [(128, 256), (200, 130)])
 def test_gradients_by_block_share_the_scale_of_their_block(shape):
     x = normal(0, *shape) * jnp.exp2(jnp.arange(shape[0]) % 40 - 20.0)[:, None]
-    rows, columns = jax.jit(lambda x: (study.quantize_rows_by_block(x), study.quantize_columns_by_block(x)))(x)
+    rows, columns = jax.jit(study.quantize_both_by_block)(x)
     like = jax.eval_shape(quantize_rows, x), jax.eval_shape(quantize_columns, x)
     assert jax.tree.map(jnp.shape, (rows, columns)) == jax.tree.map(jnp.shape, like)
     np.testing.assert_array_equal(dequantize(rows), dequantize_blocks(quantize_blocks(x)))

@@ -145,15 +145,10 @@ def truncate(x: Float[Array, "*shape"], bits: int) -> Float[Array, "*shape"]:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & kept, jnp.float32)
 
 
-def quantize_rows_by_block(x: Float[Array, "rows k"]) -> Tiled:
-    """Row tiles that take the scale of their 128x128 block."""
-    blocks = quantize_blocks(x)
-    return Tiled(blocks.values, jnp.repeat(blocks.scales.T, TILE, axis=1)[:, : x.shape[0]])
-
-
-def quantize_columns_by_block(x: Float[Array, "rows k"]) -> Tiled:
-    """The same, as tiles of the transpose: values are [k, rows]."""
-    return quantize_rows_by_block(x.T)
+def quantize_both_by_block(dy: Float[Array, "rows k"]) -> tuple[Tiled, Tiled]:
+    """dy in tiles along the features and, transposed, along the rows, which take the scale of their 128x128 block."""
+    blocks = quantize_blocks(dy)
+    return _weight(blocks), _transposed_weight(blocks)
 
 
 # (values [steps, rows, step], scales [steps, rows]) of an operand, its reduced axis cut into steps.
