@@ -35,7 +35,8 @@ def tiny() -> Config:
         model=ModelConfig(
             vocab_size=512,
             d_model=128,
-            num_layers=2,
+            num_layers=1,
+            num_dense_layers=0,
             d_ff=256,
             num_heads=2,
             qk_nope_head_dim=32,
@@ -57,4 +58,5 @@ def tiny() -> Config:
             full.optimizer, peak_lr=3e-3, **{name: getattr(full.optimizer, name) * shorter for name in times}
         ),
         steps=steps,
+        recompute="none",
     )

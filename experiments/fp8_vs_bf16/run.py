@@ -85,6 +85,11 @@ class Tokens:
         return self.train[rows][None].astype(np.int32)
 
 
+def load_config(tiny: bool = False) -> Config:
+    """The run of all arms, from config.py; `tiny` is that of the tests."""
+    return runpy.run_path(str(HERE / "config.py"))["tiny" if tiny else "config"]()
+
+
 def prepare(config: Config, path: Path, count: int = TRAIN_ROWS) -> Tokens:
     """Rows of the project's own data pipeline, written for machines that lack it."""
     from dsv3_jax.data.pipeline import train_rows, validation_rows
@@ -345,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stop-after", type=int, help="take fewer steps of the same schedule")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop cleanly with what there is by then")
     args = parser.parse_args(argv)
-    config = runpy.run_path(str(HERE / "config.py"))["tiny" if args.tiny else "config"]()
+    config = load_config(args.tiny)
     if args.prepare:
         tokens = prepare(config, args.tokens)
         print(f"{args.tokens}: {tokens.train.size:,} tokens, and {tokens.held_out.size:,} held out")
