@@ -116,7 +116,7 @@ BAD_SETTINGS = {
     ),
     "inconsistent in two sections": (["--batch.seq-len", 8192], ["batch.seq_len=8192", "model.max_length=4096"]),
     "wrong type": (["--steps", "many"], ["--steps", "many"]),
-    "not a choice": (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+    "not a choice": (["--precision", "int8"], ["--precision", "int8", "bf16"]),
     "no value": (["--steps"], ["--steps"]),
     "experts do not divide": (["--parallel.devices", 3], ["model.num_experts=16", "3 devices"]),
     "mesh contradicts itself": (

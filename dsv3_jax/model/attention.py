@@ -42,12 +42,14 @@ class MLA(nnx.Module):
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), std, rngs)
         self.out = Linear(heads * config.v_head_dim, config.d_model, std, rngs)
 
-    def __call__(self, x: Float[Array, "batch seq d_model"], rotations: Rotations) -> Float[Array, "batch seq d_model"]:
+    def __call__(
+        self, x: Float[Array, "batch seq d_model"] | FP8Rows, rotations: Rotations
+    ) -> Float[Array, "batch seq d_model"]:
         """Causal attention over whole sequences; `rotations` are cos and sin of the positions, [seq, pairs]."""
-        config, batch = self.config, x.shape[:2]
-        x = self.kv_down.input(x)
+        config = self.config
         q_nope, q_rope = self.queries(x, rotations)
         cache = self.latents(x, rotations)
+        batch = q_nope.shape[:2]
         kv = self.kv_up(cache.latent).reshape(*batch, config.num_heads, -1)
         k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
         heads = causal_attention(q_nope, q_rope, k_nope, cache.k_rope, v, softmax_scale(config))
@@ -61,17 +63,18 @@ class MLA(nnx.Module):
         if config.q_lora_rank is None:
             q = self.q(x)
         else:
-            q = self.q_up(self.q_norm(checkpoint_name(self.q_down(x), "latent")))
+            q = self.q_up(self.q_norm.into(self.q_up, checkpoint_name(self.q_down(x), "latent")))
         q = q.reshape(*q.shape[:2], config.num_heads, config.qk_head_dim)
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         cos, sin = rotations
         return q_nope, rotate(q_rope, cos[..., None, :], sin[..., None, :])
 
     def latents(self, x: Float[Array, "batch seq d_model"] | FP8Rows, rotations: Rotations) -> LatentCache:
-        """The normalized latent and the rotated shared key of each token: what a cache holds."""
+        """The normalized latent, as the up-projection reads it, and the rotated shared key of each token: what a cache
+        holds."""
         down = checkpoint_name(self.kv_down(x), "latent")
         latent, k_rope = jnp.split(down, [self.config.kv_lora_rank], axis=-1)
-        return LatentCache(self.kv_norm(latent), rotate(k_rope, *rotations))
+        return LatentCache(self.kv_norm.into(self.kv_up, latent), rotate(k_rope, *rotations))
 
     def decode(
         self,

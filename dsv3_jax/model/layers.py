@@ -7,7 +7,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsv3_jax.ops.feed_forward import fp8_feed_forward
-from dsv3_jax.ops.linear import FP8Rows, linear, linear_input
+from dsv3_jax.ops.linear import FP8Rows, linear
+from dsv3_jax.ops.rms_norm import rms_norm, rms_norm_fp8
 from dsv3_jax.ops.weights import is_fp8
 
 
@@ -22,9 +23,10 @@ class Linear(nnx.Module):
     def __init__(self, d_in: int, d_out: int, std: float, rngs: nnx.Rngs):
         self.kernel = normal(rngs, (d_in, d_out), std)
 
-    def input(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_in"] | FP8Rows:
-        """What the projection reads of x, to give to all that read the same x: FP8 tiles where the kernel is in FP8."""
-        return linear_input(x, self.kernel.get_value())
+    @property
+    def is_fp8(self) -> bool:
+        """Whether its products are in FP8."""
+        return is_fp8(self.kernel.get_value())
 
     def __call__(self, x: Float[Array, "*batch d_in"] | FP8Rows) -> Float[Array, "*batch d_out"]:
         """x @ kernel in the type of x."""
@@ -40,9 +42,11 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """x over its root mean square, times the gain, in the type of x."""
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse * self.scale.get_value()).astype(x.dtype)
+        return rms_norm(x, self.scale.get_value(), self.eps)
+
+    def into(self, linear: Linear, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"] | FP8Rows:
+        """The normed x as a projection reads it: in FP8 tiles where its kernel is in FP8."""
+        return rms_norm_fp8(x, self.scale.get_value(), self.eps) if linear.is_fp8 else self(x)
 
 
 def swiglu(gate_up: Float[Array, "*batch two_ff"]) -> Float[Array, "*batch ff"]:
@@ -60,7 +64,6 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_model"] | FP8Rows) -> Float[Array, "*batch d_model"]:
         """down(silu(gate(x)) * up(x))."""
-        gate_up, down = self.gate_up.kernel.get_value(), self.down.kernel.get_value()
-        if is_fp8(gate_up):
-            return fp8_feed_forward(self.gate_up.input(x), gate_up, down)
+        if self.gate_up.is_fp8:
+            return fp8_feed_forward(x, self.gate_up.kernel.get_value(), self.down.kernel.get_value())
         return self.down(swiglu(checkpoint_name(self.gate_up(x), "ffn")))

@@ -44,7 +44,8 @@ class DecoderLayer(nnx.Module):
         counted: Bool[Array, " seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], MoEStats | None]:
         """The layer over whole sequences; a dense layer has no statistics."""
-        x = checkpoint_name(x + self.attention(self.attention_norm(x), rotations), "residual")
+        normed = self.attention_norm.into(self.attention.kv_down, x)
+        x = checkpoint_name(x + self.attention(normed, rotations), "residual")
         return self.feed_forward(x, bias, exchange, counted)
 
     def feed_forward(
@@ -55,10 +56,9 @@ class DecoderLayer(nnx.Module):
         counted: Bool[Array, " seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], MoEStats | None]:
         """The second half of the layer."""
-        normed = self.ffn_norm(x)
         if not self.is_moe:
-            return x + self.ffn(normed), None
-        y, stats = self.ffn(normed, bias, exchange, counted)
+            return x + self.ffn(self.ffn_norm.into(self.ffn.gate_up, x)), None
+        y, stats = self.ffn(self.ffn_norm(x), bias, exchange, counted)
         return x + y, stats
 
     def decode(

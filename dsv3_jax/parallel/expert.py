@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model.moe import LocalExchange, LocalRoute, sort_by_group
 from dsv3_jax.ops.feed_forward import Route
+from dsv3_jax.ops.kept import keep_bits
 from dsv3_jax.ops.permute import Slots, assign_slots, permute, permute_choices, unpermute, unpermute_choices
 from dsv3_jax.parallel.row_exchange import RowPlan, exchange_rows
 
@@ -82,7 +83,7 @@ class FlatRoute:
 
     def dispatch(self, x: Float[Array, "tokens d"]) -> Float[Array, "rows d"]:
         """Each token to the rows of its choices."""
-        return self.local.dispatch(checkpoint_name(self._there(permute(x, self.slots)), "dispatched"))
+        return self.local.dispatch(keep_bits(self._there(permute(x, self.slots)), "dispatched"))
 
     def combine(self, rows: Float[Array, "rows d"]) -> Float[Array, "tokens d"]:
         """The sum of each token's rows."""

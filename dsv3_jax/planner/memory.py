@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from dsv3_jax.config import Config, ConfigError, ModelConfig
 from dsv3_jax.planner.parameters import count_parameters
 
-_BYTES = {"bfloat16": 2, "bf16": 2, "float32": 4, "fp32": 4}
+# An FP8 linear is kept in both layouts that its products read, of one byte each; its scales, one in 16,384 elements,
+# are left out.
+_BYTES = {"bfloat16": 2, "bf16": 2, "fp8": 2, "float32": 4, "fp32": 4}
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_element: int = 2) -> int:

@@ -11,11 +11,11 @@ from dsv3_jax.planner.flops import training_flops_per_token_with_mtp
 
 # Dense peak of the matrix units in FLOP/s, from the vendor's data sheets, by precision.
 _PEAKS = {
-    "H100": {"bf16": 989.4e12, "fp32": 494.7e12},
-    "H200": {"bf16": 989.4e12, "fp32": 494.7e12},
-    "H800": {"bf16": 989.4e12, "fp32": 494.7e12},
-    "A100": {"bf16": 312e12, "fp32": 156e12},
-    "B200": {"bf16": 2250e12, "fp32": 1125e12},
+    "H100": {"fp8": 1978.9e12, "bf16": 989.4e12, "fp32": 494.7e12},
+    "H200": {"fp8": 1978.9e12, "bf16": 989.4e12, "fp32": 494.7e12},
+    "H800": {"fp8": 1978.9e12, "bf16": 989.4e12, "fp32": 494.7e12},
+    "A100": {"fp8": 312e12, "bf16": 312e12, "fp32": 156e12},  # without FP8 units: products run in wider types
+    "B200": {"fp8": 4500e12, "bf16": 2250e12, "fp32": 1125e12},
 }
 
 

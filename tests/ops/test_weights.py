@@ -8,7 +8,14 @@ from flax import nnx
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.layers import FeedForward, RMSNorm
-from dsv3_jax.ops.weights import MixedWeight, attach_slots, cast_weights, gradient_slots
+from dsv3_jax.ops.weights import (
+    MixedWeight,
+    attach_slots,
+    cast_for_inference,
+    cast_weights,
+    gradient_slots,
+    is_fp8,
+)
 from dsv3_jax.train.state import model_structure
 
 
@@ -25,8 +32,35 @@ def test_all_but_norm_gains_and_the_router_are_cast_to_bf16():
 
 
 def test_an_unknown_precision_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"precision='fp8'.*'bf16' or 'fp32'"):
-        cast_weights({"kernel": jnp.ones(2)}, "fp8")
+    with pytest.raises(ConfigError, match=r"precision='int8'.*'bf16', 'fp32', 'fp8'"):
+        cast_weights({"kernel": jnp.ones(2)}, "int8")
+
+
+def test_fp8_is_for_the_linears_and_nothing_else():
+    _, shapes = model_structure(ModelConfig(num_mtp_modules=1))
+    cast = jax.eval_shape(lambda p: cast_weights(p, "fp8"), shapes)
+    leaves = jax.tree_util.tree_leaves_with_path(cast, is_leaf=is_fp8)
+    linears = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if is_fp8(leaf)}
+    rest = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in leaves if not is_fp8(leaf)}
+    blocks = ["attention", "ffn"]
+    assert all(any(f"['{block}']" in name for block in blocks) and "router" not in name for name in linears)
+    for name, dtype in rest.items():
+        bf16 = name.startswith(("['embed']", "['head']")) or "projection" in name
+        assert bf16 or "norm" in name or "router" in name, name
+        assert dtype == (jnp.bfloat16 if bf16 else jnp.float32), name
+    for weight in linears.values():
+        *groups, k, n = weight.value.values.shape
+        assert weight.value.values.dtype == weight.value.transposed.dtype == jnp.float8_e4m3fn
+        assert weight.value.transposed.shape == (*groups, n, k)
+        assert weight.value.scales.dtype == jnp.float32
+    slots = gradient_slots(cast)
+    assert jax.tree.structure(slots) == jax.tree.structure(shapes)
+    assert {slot.dtype for slot in jax.tree.leaves(slots)} == {jnp.dtype(jnp.float32)}
+    for_inference = jax.eval_shape(lambda p: cast_for_inference(p, "fp8"), shapes)
+    in_bf16 = jax.eval_shape(lambda p: cast_weights(p, "bf16"), shapes)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), for_inference) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), in_bf16
+    )
 
 
 class NormedFeedForward(nnx.Module):

@@ -1,12 +1,17 @@
 """The expert exchange over 8 emulated devices computes what one device does on all tokens, however unbalanced."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.model.moe import LocalExchange, swiglu
+from dsv3_jax.ops.feed_forward import fp8_routed_feed_forward
 from dsv3_jax.ops.grouped_matmul import grouped_matmul
+from dsv3_jax.ops.linear import quantize_input
+from dsv3_jax.ops.quantize import TILE, quantize_blocks
+from dsv3_jax.ops.weights import FP8Weight
 from dsv3_jax.parallel.expert import FlatExchange, buffer_rows
 
 DEVICES, TOKENS, TOP_K, EXPERTS, D, D_FF = 8, 12, 3, 16, 8, 6
@@ -72,3 +77,36 @@ def test_buffer_is_never_larger_than_what_can_arrive():
     assert buffer_rows(100, 4, 16, 2, 1.0) == 400
     assert buffer_rows(100, 4, 16, 2, 1e6) == 8 * 100 * 2
     assert buffer_rows(100, 4, 16, 8, 1e6) == 2 * 100 * 4
+
+
+def fp8_loss_of(exchange):
+    def loss(weights, x, gates, experts, target):
+        route, _ = exchange.route(experts, EXPERTS, TILE)
+        fp8 = {name: FP8Weight(quantize_blocks(w), w) for name, w in weights.items()}
+        y = fp8_routed_feed_forward(quantize_input(x, power_of_2=True), gates, route, fp8["gate_up"], fp8["down"])
+        return (y.astype(np.float32) * target).sum(), y
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+
+def test_fp8_rows_travel_in_e4m3_and_come_out_as_on_one_device():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    weights = {"gate_up": normal(EXPERTS, D, 2 * D_FF), "down": normal(EXPERTS, D_FF, D)}
+    x, target = normal(DEVICES * TOKENS, D), normal(DEVICES * TOKENS, D)
+    gates = rng.random((DEVICES * TOKENS, TOP_K), np.float32)
+    arguments = (weights, jnp.bfloat16(x), gates, routing("random", rng).astype(np.int32), target)
+    mesh = Mesh(np.asarray(jax.devices()[:DEVICES]).reshape(2, 4), AXES)
+    spec = PartitionSpec(AXES)
+
+    def device(*args):
+        (_, y), gradients = fp8_loss_of(FlatExchange(AXES, AXES, float(EXPERTS)))(*args)
+        return y, gradients
+
+    spread = jax.shard_map(device, mesh=mesh, in_specs=spec, out_specs=spec)
+    y, (d_weights, dx, d_gates) = jax.jit(spread)(*arguments)
+    (_, want), (want_weights, want_dx, want_gates) = jax.jit(fp8_loss_of(LocalExchange()))(*arguments)
+    for got, expected in ((y, want), (dx, want_dx), (d_gates, want_gates)):
+        np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=2**-7, atol=1e-2)
+    for name in weights:  # an expert's rows come in another order, and so in other tiles of 128 if it has more
+        np.testing.assert_allclose(d_weights[name], want_weights[name], rtol=2**-7, atol=1e-2)

@@ -252,6 +252,8 @@ def test_state_is_split_over_all_devices_and_experts_over_their_group(v3: Config
     assert one.gradients == 2 * one.weights
     assert four.master == pytest.approx(one.master / 4, rel=1e-8)
     assert (four.weights, four.gradients) == (one.weights, one.gradients)
+    fp8 = dataclasses.replace(v3, precision="fp8")  # one byte, twice
+    assert training_memory(fp8, {"data": 1, "node": 8, "gpu": 8}).weights == one.weights
     full = dataclasses.replace(v3, precision="fp32")
     assert training_memory(full, {"data": 1, "node": 8, "gpu": 8}).weights == 2 * one.weights
 

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.kept import keep_bits
 from dsv3_jax.ops.linear.fp8 import FP8Rows
 from dsv3_jax.ops.quantize import Tiled, quantize_rows, retile, swiglu_quantize
 from dsv3_jax.ops.weights import FP8Weight
@@ -123,7 +123,7 @@ def _forward(
 ) -> tuple[Float[Array, "rows d"], _Kept]:
     hidden = gate_up.recipe.matmul(tiles, gate_up.value, tile_group, dtype)
     hidden, out = swiglu_quantize(hidden, row_weights)
-    hidden = checkpoint_name(hidden, "ffn")
+    hidden = Tiled(keep_bits(hidden.values, "ffn"), keep_bits(hidden.scales, "ffn"))
     y = down.recipe.matmul(out, down.value, tile_group, dtype)
     return y, _Kept(tiles, hidden, row_weights, tile_group, replace(gate_up, slot=None), replace(down, slot=None))
 

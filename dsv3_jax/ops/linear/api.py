@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.linear.fp8 import FP8Rows, fp8_linear, fp8_linear_after_attention, quantize_input
+from dsv3_jax.ops.linear.fp8 import FP8Rows, fp8_linear, fp8_linear_after_attention
 from dsv3_jax.ops.products import transposed_matmul_f32
 from dsv3_jax.ops.weights import FP8Weight, MixedWeight, Weight
 
@@ -25,12 +25,6 @@ def linear(x: Float[Array, "*batch k"] | FP8Rows, weight: Weight) -> Float[Array
 def linear_after_attention(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch n"]:
     """`linear` of attention's output, which under FP8 keeps its input more precisely (report 3.3.3)."""
     return fp8_linear_after_attention(x, weight) if isinstance(weight, FP8Weight) else linear(x, weight)
-
-
-def linear_input(x: Float[Array, "*batch k"] | FP8Rows, weight: Weight) -> Float[Array, "*batch k"] | FP8Rows:
-    """What linears with weights of this kind read: x, or its tiles, which several of them share."""
-    quantized = isinstance(x, FP8Rows) or not isinstance(weight, FP8Weight)
-    return x if quantized else quantize_input(x)
 
 
 @jax.custom_vjp
