@@ -21,6 +21,15 @@ MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.mall
 _SETTINGS_HELP = """Settings follow the config file: --steps 40 --output-dir DIR --checkpoint.every 10 --resume auto
 --optimizer.peak-lr 3e-4. `dsv3 {command} CONFIG --help` lists them all."""
 
+PLAN_OPTIONS = {
+    "--mesh": "sizes of pipe, data, node and gpu: pipe=16,data=2,node=8,gpu=8; from parallel where it is left out",
+    "--device": "h800 (default), h100, h200, or a .toml file like theirs",
+    "--schedule": "gpipe, 1f1b, interleaved_1f1b, zb1p, dualpipe (default, where it divides), dualpipev, ...",
+    "--products": "fp8 (default, as the report's) or bf16",
+    "--timeline": "draw the pipeline's timeline into this .png",
+    "--search": "print the ten fastest meshes, schedules, microbatches and recomputations of as many devices",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Every error of the user ends in one sentence on stderr and status 2."""
@@ -57,8 +66,11 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a model", True, add_help=False)
     train.add_argument("config", nargs="?", help="a config file, such as configs/tiny.py")
-    plan = command("plan", _plan, "print parameters, FLOPs and memory of a config", True, add_help=False)
+    about = "print parameters, FLOPs and memory of a config; on a cluster, also its timeline and cost"
+    plan = command("plan", _plan, about, True, add_help=False, allow_abbrev=False)
     plan.add_argument("config", nargs="?", help="a config file, such as configs/v3_671b.py")
+    for option, help_text in PLAN_OPTIONS.items():
+        plan.add_argument(option, help=help_text, action="store_true" if option == "--search" else "store")
 
     generate = command("generate", _generate, "continue a text with a trained or a published model")
     generate.add_argument("folder", help="output folder of a run, or a folder in the public DeepSeek-V3 layout")
@@ -133,9 +145,18 @@ def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
 def _plan(arguments: argparse.Namespace, settings: list[str]) -> int:
     if arguments.config is None:
         return _without_config("plan", settings)
-    from dsv3_jax.planner.report import print_plan
+    if {"-h", "--help"} & set(settings):
+        print(_plan_options())
+    config = override(load_config(arguments.config), settings, f"dsv3 plan {arguments.config}")
+    chosen = {option: getattr(arguments, option[2:]) for option in PLAN_OPTIONS}
+    if any(chosen.values()):
+        from dsv3_jax.planner.command import run
 
-    print_plan(override(load_config(arguments.config), settings, f"dsv3 plan {arguments.config}"))
+        run(config, **{option[2:]: value for option, value in chosen.items()})
+    else:
+        from dsv3_jax.planner.report import print_plan
+
+        print_plan(config)
     return 0
 
 
@@ -174,7 +195,14 @@ def _without_config(command: str, settings: list[str]) -> int:
     if not {"-h", "--help"} & set(settings):
         raise ConfigError(f"dsv3 {command} needs a config file; the shipped ones are in configs/")
     print(f"usage: dsv3 {command} CONFIG [settings]\n\n{_SETTINGS_HELP.format(command=command)}")
+    if command == "plan":
+        print(f"\n{_plan_options()}", end="")
     return 0
+
+
+def _plan_options() -> str:
+    """What `dsv3 plan` takes besides the settings."""
+    return "On a cluster:\n" + "".join(f"  {option:12} {text}\n" for option, text in PLAN_OPTIONS.items())
 
 
 def _prepare_process(config: Config) -> None:

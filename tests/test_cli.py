@@ -213,6 +213,57 @@ def test_plan_of_the_671b_model_prints_the_published_numbers(capsys):
         assert number in printed
 
 
+REPORT_MESH = ["--mesh", "pipe=16,data=2,node=8,gpu=8"]
+
+
+def test_plan_on_the_reports_cluster(capsys, tmp_path):
+    picture = tmp_path / "out.png"
+    config = str(ROOT / "configs/v3_671b.py")
+    assert cli.main(["plan", config, *REPORT_MESH, "--device", "h800", "--timeline", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    for part in ("671,026,404,352", "250.4", "2,048 H800", "One F+B pair of 4 MoE layers", "the largest: activations"):
+        assert part in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_searches_on_the_devices_of_the_settings(capsys, config_file):
+    settings = ["--parallel.devices", "8", "--parallel.gpu", "4", "--search", "--products", "bf16"]
+    assert cli.main(["plan", str(config_file), *settings]) == 0
+    assert "The best on 8 H800" in capsys.readouterr().out
+
+
+BAD_PLANS = {
+    "mesh is none": (["--mesh", "pipe:16"], ["--mesh pipe:16", "'pipe:16' is not one of pipe, data, node, gpu"]),
+    "mesh does not divide": (
+        ["--mesh", "pipe=16,data=3,node=8,gpu=8"], ["batch.microbatch=128", "192 devices", "change it or the mesh"],
+    ),
+    "experts do not divide": (["--mesh", "node=3,gpu=8"], ["model.num_experts=256", "24 devices"]),
+    "unknown device": ([*REPORT_MESH, "--device", "b300"], ["--device b300", "choose one of h100, h200, h800"]),
+    "unknown schedule": ([*REPORT_MESH, "--schedule", "zigzag"], ["schedule='zigzag'", "choose one of gpipe, 1f1b"]),
+    "odd ranks": (["--mesh", "pipe=3,node=8,gpu=8", "--schedule", "dualpipe"], ["ranks=3", "use an even number"]),
+    "unknown products": ([*REPORT_MESH, "--products", "fp4"], ["--products fp4", "choose one of fp8, bf16"]),
+    "no mesh": (["--timeline", "out.png"], ["leaves the number of devices open", "--mesh pipe=16,data=2,node=8,gpu=8"]),
+    "no picture": ([*REPORT_MESH, "--timeline", "out.jpg"], ["--timeline out.jpg", "ends in .png"]),
+    "no folder": ([*REPORT_MESH, "--timeline", "no/such/a.png"], ["--timeline no/such/a.png", "no such folder"]),
+    "nothing fits": (["--mesh", "gpu=8", "--search"], ["nothing fits 8 x H800", "use more devices"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "parts"), BAD_PLANS.values(), ids=BAD_PLANS.keys())
+def test_bad_plan_is_refused_in_one_sentence(error_of, options, parts):
+    assert_is_one_sentence(error_of("plan", ROOT / "configs/v3_671b.py", *options), *parts)
+
+
+def test_plan_lists_its_options_with_the_settings(capsys, config_file):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(config_file), "--help"])
+    printed = capsys.readouterr().out
+    for part in ("--mesh", "--timeline", "--search", "--model.num-experts"):
+        assert part in printed
+    assert cli.main(["plan", "--help"]) == 0
+    assert "--mesh" in capsys.readouterr().out
+
+
 def test_error_in_a_process_of_its_own_is_one_line(config_file):
     command = [sys.executable, "-m", "dsv3_jax.cli", "plan", config_file, "--parallel.devices", "3"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

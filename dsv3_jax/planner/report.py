@@ -52,7 +52,7 @@ def plan(config: Config) -> Plan:
         ConfigError: the mesh contradicts itself, or the experts do not divide over it.
     """
     model, seq_len = config.model, config.batch.seq_len
-    mesh = _mesh(config.parallel)
+    mesh = mesh_of(config.parallel)
     return Plan(
         parameters=count_parameters(model),
         flops_per_token=training_flops_per_token(model, seq_len),
@@ -68,15 +68,20 @@ def print_plan(config: Config) -> None:
     """Prints `plan(config)` as tables: parameters, compute, and memory per device. Raises what `plan` raises."""
     planned = plan(config)
     console = Console()
-    console.print(_parameter_table(planned.parameters))
-    console.print(_compute_table(planned, config))
+    print_model(config, planned, console)
     if planned.memory is None:
         console.print("Training state per device: set parallel.devices, or parallel.data and parallel.gpu, to see it.")
     else:
         console.print(_memory_table(planned.memory, planned.mesh))
 
 
-def _mesh(parallel: ParallelConfig) -> dict[str, int] | None:
+def print_model(config: Config, planned: Plan, console: Console) -> None:
+    """Prints what does not depend on the devices: parameters and compute."""
+    console.print(_parameter_table(planned.parameters))
+    console.print(_compute_table(planned, config))
+
+
+def mesh_of(parallel: ParallelConfig) -> dict[str, int] | None:
     """The mesh, or None where its size is open until the devices are counted."""
     if parallel.devices is not None:
         return parallel.shape(parallel.devices)
@@ -85,7 +90,7 @@ def _mesh(parallel: ParallelConfig) -> dict[str, int] | None:
     return parallel.shape(parallel.data * parallel.node * parallel.gpu)
 
 
-def _table(title: str, headers: tuple[str, ...], rows: list[tuple[str, ...] | None]) -> Table:
+def table(title: str, headers: tuple[str, ...], rows: list[tuple[str, ...] | None]) -> Table:
     """A table whose first column is text and whose others are numbers; None draws a line."""
     table = Table(title=title, title_justify="left")
     for i, header in enumerate(headers):
@@ -111,12 +116,12 @@ def _parameter_table(count: ParameterCount) -> Table:
         ("total", _integer(count.main), _integer(count.mtp)),
         ("active per token", _integer(count.active), ""),
     ]
-    return _table("Parameters", ("", "main model", "MTP modules"), rows)
+    return table("Parameters", ("", "main model", "MTP modules"), rows)
 
 
 def _compute_table(planned: Plan, config: Config) -> Table:
     main, with_mtp = planned.flops_per_token, planned.flops_per_token_with_mtp
-    return _table(
+    return table(
         f"Compute at {config.batch.seq_len:,} tokens a sequence",
         ("", "main model", "with MTP"),
         [
@@ -130,7 +135,7 @@ def _compute_table(planned: Plan, config: Config) -> Table:
 
 def _memory_table(memory: TrainingMemory, mesh: dict[str, int]) -> Table:
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-    return _table(
+    return table(
         "Training state per device, activations excluded",
         (f"of {sizes}", "GiB"),
         [

@@ -24,7 +24,8 @@ from dsv3_jax.config import BatchConfig, Config, ParallelConfig
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parents[1] / "configs" / "tiny.py"
 OURS = "dsv3_jax"
-PEERS = ("eager-eager-plain", "eager-grouped_mm-plain", "eager-grouped_mm-compile")
+EAGER = "eager-eager-plain"
+PEERS = (EAGER, "eager-grouped_mm-plain", "eager-grouped_mm-compile")
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def table(speeds: list[Speed]) -> str:
     lines.append("")
     for about, kept in (("bf16", ("bf16",)), ("fp32", ("fp32",)), ("any precision", ("bf16", "fp32"))):
         lines.append(best_over_best(about, [s for s in ran if s.contender.precision in kept]))
+    eager = [s for s in ran if s.contender.name in (OURS, EAGER)]
+    lines.append(best_over_best("any precision, against eager alone", eager))
     return "\n".join(lines)
 
 

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_jax.ops.linear import embedding_lookup, linear
+from dsv3_jax.ops.products import api as products
 from dsv3_jax.ops.products import matmul_f32, transposed_matmul_f32
 from dsv3_jax.ops.weights import MixedWeight
 
@@ -65,7 +67,9 @@ def test_plain_weights_follow_the_type_of_the_rows():
     assert pullback(y)[1].dtype == jnp.float32
 
 
-def test_products_of_bf16_are_float32_and_batched():
+@pytest.mark.parametrize("matrix_instructions", [False, True])
+def test_products_of_bf16_are_float32_and_batched(matrix_instructions: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "_has_matrix_instructions", lambda: matrix_instructions)
     keys = jax.random.split(jax.random.key(0), 2)
     a = jax.random.normal(keys[0], (2, 33, 7)).astype(jnp.bfloat16)
     b = jax.random.normal(keys[1], (2, 33, 9)).astype(jnp.bfloat16)

@@ -1,43 +1,80 @@
 """The three products of an FP8 linear, dense and grouped: picks an implementation (report 3.3).
 
-Grouped rows come in tiles sorted by group (`ops.permute.assign_slots`); tiles of `tile_group` beyond the last used one
-hold nothing, and neither do the same rows of the result.
+Grouped rows come in tiles sorted by group (`ops.permute.assign_slots`). A tile without rows, where `tile_group` says
+the number of groups, may hold anything, in operands and results alike.
+
+`implementation` None takes the kernel where it can run and the reference elsewhere. A named implementation that cannot
+run raises NotImplementedError, an unknown name ValueError.
 """
 
+from typing import Literal, get_args
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.fp8_matmul import reference
-from dsv3_jax.ops.quantize.formats import Blocked, Tiled
+from dsv3_jax.ops.fp8_matmul import mosaic_gpu, reference
+from dsv3_jax.ops.fp8_matmul.tiles import config_for
+from dsv3_jax.ops.hopper import multiprocessors, refusal
+from dsv3_jax.ops.quantize.formats import TILE, Blocked, Tiled
+
+Implementation = Literal["reference", "mosaic_gpu"]
 
 
-def fp8_matmul(x: Tiled, weight: Blocked, dtype: jnp.dtype = jnp.bfloat16) -> Float[Array, "rows n"]:
+def fp8_matmul(
+    x: Tiled, weight: Blocked, dtype: jnp.dtype = jnp.bfloat16, implementation: Implementation | None = None
+) -> Float[Array, "rows n"]:
     """x @ weight: the forward product."""
+    if _takes_kernel(implementation, x.values, weight.transposed):
+        return _blockwise(x, weight.transposed, weight.scales, True, dtype)
     return reference.matmul(x, weight).astype(dtype)
 
 
-def fp8_matmul_transposed(dy: Tiled, weight: Blocked, dtype: jnp.dtype = jnp.bfloat16) -> Float[Array, "rows k"]:
+def fp8_matmul_transposed(
+    dy: Tiled, weight: Blocked, dtype: jnp.dtype = jnp.bfloat16, implementation: Implementation | None = None
+) -> Float[Array, "rows k"]:
     """dy @ weight^T: the gradient of the input."""
+    if _takes_kernel(implementation, dy.values, weight.values):
+        return _blockwise(dy, weight.values, weight.scales, False, dtype)
     return reference.matmul_transposed(dy, weight).astype(dtype)
 
 
-def fp8_wgrad(x_columns: Tiled, dy_columns: Tiled, total: Float[Array, "k n"] | None = None) -> Float[Array, "k n"]:
+def fp8_wgrad(
+    x_columns: Tiled,
+    dy_columns: Tiled,
+    total: Float[Array, "k n"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "k n"]:
     """x^T @ dy in float32, added to `total` where given: the gradient of the weight."""
+    if _takes_kernel(implementation, x_columns.values, dy_columns.values):
+        return _tilewise(x_columns, dy_columns, None, None if total is None else total[None])[0]
     dw = reference.wgrad(x_columns, dy_columns)
     return dw if total is None else total + dw
 
 
 def fp8_grouped_matmul(
-    x: Tiled, weight: Blocked, tile_group: Int[Array, " tiles"], dtype: jnp.dtype = jnp.bfloat16
+    x: Tiled,
+    weight: Blocked,
+    tile_group: Int[Array, " tiles"],
+    dtype: jnp.dtype = jnp.bfloat16,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "rows n"]:
     """Each tile of rows times the weight of its group."""
+    if _takes_kernel(implementation, x.values, weight.transposed, x.values.shape[0] // tile_group.shape[0]):
+        return _blockwise(x, weight.transposed, weight.scales, True, dtype, tile_group)
     return reference.grouped_matmul(x, weight, tile_group).astype(dtype)
 
 
 def fp8_grouped_matmul_transposed(
-    dy: Tiled, weight: Blocked, tile_group: Int[Array, " tiles"], dtype: jnp.dtype = jnp.bfloat16
+    dy: Tiled,
+    weight: Blocked,
+    tile_group: Int[Array, " tiles"],
+    dtype: jnp.dtype = jnp.bfloat16,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "rows k"]:
     """Each tile of rows times the transposed weight of its group: the gradient of the rows."""
+    if _takes_kernel(implementation, dy.values, weight.values, dy.values.shape[0] // tile_group.shape[0]):
+        return _blockwise(dy, weight.values, weight.scales, False, dtype, tile_group)
     return reference.grouped_matmul_transposed(dy, weight, tile_group).astype(dtype)
 
 
@@ -47,7 +84,73 @@ def fp8_grouped_wgrad(
     tile_group: Int[Array, " tiles"],
     groups: int,
     total: Float[Array, "groups k n"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "groups k n"]:
     """x^T @ dy of each group's rows in float32, added to `total` where given: the gradient of the weights."""
+    tile = x_columns.values.shape[1] // tile_group.shape[0]
+    if _takes_kernel(implementation, x_columns.values, dy_columns.values, tile):
+        bounds = jnp.searchsorted(tile_group, jnp.arange(groups + 1)).astype(jnp.int32)
+        return _tilewise(x_columns, dy_columns, bounds, total)
     dw = reference.grouped_wgrad(x_columns, dy_columns, tile_group, groups)
     return dw if total is None else total + dw
+
+
+def _takes_kernel(implementation: Implementation | None, a: Array, b: Array, tile: int = TILE) -> bool:
+    """Whether the kernel runs, for operands of [rows, k] and [..., rows, k], grouped in tiles of `tile` rows."""
+    if implementation not in (None, *get_args(Implementation)):
+        choices = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation={implementation!r}: choose one of {choices}, or None")
+    why = refusal()
+    for rows in (a.shape[0], b.shape[-2]):
+        if why is None and rows % 8:
+            why = f"takes operands whose rows are a multiple of 8, not {rows}"
+    if why is None and tile != TILE:
+        why = f"takes groups in tiles of {TILE} rows, not {tile}"
+    if implementation == "mosaic_gpu" and why is not None:
+        raise NotImplementedError(f"mosaic_gpu FP8 product {why}: use implementation='reference'")
+    return why is None and implementation != "reference"
+
+
+def _blockwise(
+    x: Tiled,
+    b: Array,
+    scales: Array,
+    scales_by_k: bool,
+    dtype: jnp.dtype,
+    tile_group: Int[Array, " tiles"] | None = None,
+) -> Array:
+    shape = (x.values.shape[0], b.shape[-2], x.values.shape[1])
+    return mosaic_gpu.matmul(
+        _whole_tiles(x.values),
+        x.scales,
+        _whole_tiles(b),
+        scales,
+        scales_by_k=scales_by_k,
+        config=config_for("matmul" if tile_group is None else "grouped_matmul", *shape),
+        tile_group=tile_group,
+        dtype=dtype,
+        num_sms=multiprocessors(),
+    )
+
+
+def _tilewise(x: Tiled, dy: Tiled, bounds: Int[Array, " groups_and_1"] | None, total: Array | None) -> Array:
+    groups = 1 if bounds is None else bounds.shape[0] - 1
+    shape = (x.values.shape[0], dy.values.shape[0], x.values.shape[1] // groups)
+    return mosaic_gpu.wgrad(
+        _whole_tiles(x.values),
+        x.scales,
+        _whole_tiles(dy.values),
+        dy.scales,
+        bounds,
+        config=config_for("wgrad", *shape),
+        total=total,
+        num_sms=multiprocessors(),
+    )
+
+
+def _whole_tiles(values: Array) -> Array:
+    """Zeros up to a multiple of 128 columns, which the copy engine asks for; most widths are one."""
+    pad = -values.shape[-1] % TILE
+    if not pad:
+        return values
+    return jax.lax.pad(values, jnp.zeros((), values.dtype), [(0, 0, 0)] * (values.ndim - 1) + [(0, pad, 0)])

@@ -1,0 +1,136 @@
+"""What the matrix kernels for Hopper share: operands in shared memory, who produces and consumes, walk and store."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+WARPGROUP_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a product is cut."""
+
+    rows: int = 128
+    """Rows of an output tile, 64 for each compute warpgroup: 128 or 192."""
+    cols: int = 128
+    """Columns of an output tile: a multiple of 16, as many as the registers hold."""
+    stages: int = 4
+    """Slots in shared memory for parts of both operands."""
+    band: int = 8
+    """Tiles are walked in bands of so many rows of tiles, so that operands are still in L2."""
+
+    cluster: int = 1
+    """Neighbouring blocks that share the rows they read: 1 or 2."""
+
+    @property
+    def warpgroups(self) -> int:
+        """Compute warpgroups."""
+        return self.rows // WARPGROUP_ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of a compute warpgroup, and of the producer."""
+        return (232, 40) if self.warpgroups == 2 else (160, 24)
+
+
+def refusal() -> str | None:
+    """Why kernels for Hopper cannot run here; None where they can."""
+    if jax.default_backend() != "gpu":
+        return f"needs a Hopper GPU, the backend is {jax.default_backend()}"
+    capability = jax.devices()[0].compute_capability
+    return None if capability == "9.0" else f"needs a Hopper GPU (compute capability 9.0), not {capability}"
+
+
+def multiprocessors() -> int:
+    """Of the GPU that kernels run on."""
+    return jax.devices()[0].core_count
+
+
+def operand(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory that wgmma reads: rows of 128 bytes in the layout it wants."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def walk(index: Array, grid: tuple[int, int], band: int) -> tuple[Array, Array]:
+    """Row and column of the index-th output tile: bands of rows, back and forth."""
+    return plgpu.planar_snake(index, grid, 0, band)
+
+
+def producer_and_consumers(config: Config, empty: Any, produce: Callable, consume: Callable) -> None:
+    """Runs `produce` in one warp of the last warpgroup and `consume` in the others, every slot starting out empty."""
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == config.warpgroups)
+    def _():
+        plgpu.set_max_registers(config.registers[1], action="decrease")
+
+        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+        def _():
+            @pl.when(lax.axis_index("warp") == 0)
+            def _():
+                produce()
+                for slot in range(config.stages):
+                    plgpu.barrier_wait(empty.at[slot])
+
+    @pl.when(wg < config.warpgroups)
+    def _():
+        plgpu.set_max_registers(config.registers[0], action="increase")
+        for slot in range(config.stages):
+            plgpu.barrier_arrive(empty.at[slot])
+        consume()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Writes a warpgroup's sums, which come in chunks of columns, by way of two slots of shared memory."""
+
+    cols: int
+    chunk: int
+    dtype: Any
+    slots: int = 2
+
+    @property
+    def width(self) -> int:
+        """Columns of a slot: at most 128 bytes, of whole chunks or a whole part of one."""
+        most = 128 // jnp.dtype(self.dtype).itemsize
+        fits = [w for w in range(8, most + 1, 8) if not (self.cols % w or (w % self.chunk and self.chunk % w))]
+        return max(fits)
+
+    def scratch(self, warpgroups: int) -> Any:
+        """The slots of all warpgroups."""
+        size = jnp.dtype(self.dtype).itemsize
+        swizzle = math.gcd(self.width * size, 128)
+        swizzles = (plgpu.SwizzleTransform(swizzle),) if swizzle > 16 else ()  # 16 bytes need none
+        transforms = (plgpu.TilingTransform((8, swizzle // size)), *swizzles)
+        return plgpu.SMEM((warpgroups, self.slots, WARPGROUP_ROWS, self.width), self.dtype, transforms=transforms)
+
+    def __call__(
+        self, sums: list[Array], slots_ref: Any, out_ref: Any, row: Array, col: Array, add: bool = False
+    ) -> None:
+        """Rows from `row`, columns from `col`; what lies beyond the output is dropped. `add` adds to what is there."""
+        part = min(self.width, self.chunk)
+        pieces = [
+            piece.astype(self.dtype)[:, i : i + part] if part < self.chunk else piece.astype(self.dtype)
+            for piece in sums
+            for i in range(0, self.chunk, part)
+        ]
+        for slot, first in enumerate(range(0, self.cols, self.width)):
+            slot_ref = slots_ref.at[slot % self.slots]
+            plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
+            for offset in range(0, self.width, part):
+                slot_ref[:, pl.ds(offset, part)] = pieces[(first + offset) // part]
+            plgpu.commit_smem()
+            target = out_ref.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(col + first, self.width)]
+            plgpu.copy_smem_to_gmem(slot_ref, target, reduction_op="add" if add else None)

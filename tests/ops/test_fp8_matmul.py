@@ -1,0 +1,158 @@
+"""FP8 products: the reference against numpy, and the Hopper kernels, interpreted on CPU, against the reference."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.ops.fp8_matmul import (
+    fp8_grouped_matmul,
+    fp8_grouped_matmul_transposed,
+    fp8_grouped_wgrad,
+    fp8_matmul,
+    fp8_matmul_transposed,
+    fp8_wgrad,
+    mosaic_gpu,
+    reference,
+)
+from dsv3_jax.ops.fp8_matmul.tiles import SHAPES_671B, config_for
+from dsv3_jax.ops.hopper import Config
+from dsv3_jax.ops.quantize import Blocked, Tiled, quantize_blocks, quantize_columns, quantize_rows
+
+INTERPRET = plgpu.InterpretGPUParams()
+# The bf16 result of a kernel is off by at most 2^-9 in every element, which makes a calc_diff of about 1.4e-6.
+BAR = 1e-5
+
+
+def calc_diff(x, y) -> float:
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return 1 - 2 * (x * y).sum() / ((x * x).sum() + (y * y).sum())
+
+
+def numpy_rows(x: Tiled) -> np.ndarray:
+    """Values times scales, element by element."""
+    values, scales = np.asarray(x.values).astype(np.float64), np.asarray(x.scales, np.float64)
+    return np.array([[v * scales[j // 128, i] for j, v in enumerate(row)] for i, row in enumerate(values)])
+
+
+def numpy_blocks(weight: Blocked) -> np.ndarray:
+    values, scales = np.asarray(weight.values).astype(np.float64), np.asarray(weight.scales, np.float64)
+    index = np.indices(values.shape[-2:]) // 128
+    return values * scales[..., index[0], index[1]]
+
+
+def normal(seed: int, *shape: int):
+    """Rows of very different magnitude, so that a scale in the wrong place shows."""
+    key, other = jax.random.split(jax.random.key(seed))
+    sizes = jnp.exp(2 * jax.random.normal(other, (*shape[:-1], -(-shape[-1] // 64))))
+    return (jax.random.normal(key, shape) * jnp.repeat(sizes, 64, axis=-1)[..., : shape[-1]]).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(96, 200, 144), (128, 128, 256)])
+def test_dense_products_are_those_of_the_dequantized_operands(m, k, n):
+    x, w, dy = normal(0, m, k), quantize_blocks(normal(1, k, n).astype(jnp.float32)), normal(2, m, n)
+    rows, dy_rows, wide = quantize_rows(x), quantize_rows(dy), numpy_blocks(w)
+    assert calc_diff(fp8_matmul(rows, w, jnp.float32), numpy_rows(rows) @ wide) < 1e-12
+    assert calc_diff(fp8_matmul_transposed(dy_rows, w, jnp.float32), numpy_rows(dy_rows) @ wide.T) < 1e-12
+    x_columns, dy_columns = quantize_columns(x), quantize_columns(dy)
+    dw = numpy_rows(x_columns) @ numpy_rows(dy_columns).T
+    assert calc_diff(fp8_wgrad(x_columns, dy_columns), dw) < 1e-12
+    assert calc_diff(fp8_wgrad(x_columns, dy_columns, jnp.ones((k, n))), dw + 1) < 1e-12
+
+
+def test_grouped_products_are_those_of_each_tile_with_its_groups_weight():
+    groups, k, n, tile_group = 3, 136, 72, jnp.array([0, 0, 2, 3], jnp.int32)  # group 1 and the last tile are empty
+    x, dy = normal(0, 512, k).at[384:].set(0), normal(2, 512, n).at[384:].set(0)
+    w = quantize_blocks(normal(1, groups, k, n).astype(jnp.float32))
+    rows, dy_rows, x_columns, dy_columns = (
+        quantize_rows(x),
+        quantize_rows(dy),
+        quantize_columns(x),
+        quantize_columns(dy),
+    )
+    y = fp8_grouped_matmul(rows, w, tile_group, jnp.float32)
+    dx = fp8_grouped_matmul_transposed(dy_rows, w, tile_group, jnp.float32)
+    wide = numpy_blocks(w)
+    for tile, group in enumerate([0, 0, 2]):
+        part = slice(128 * tile, 128 * (tile + 1))
+        assert calc_diff(y[part], numpy_rows(rows)[part] @ wide[group]) < 1e-12
+        assert calc_diff(dx[part], numpy_rows(dy_rows)[part] @ wide[group].T) < 1e-12
+    total = jnp.ones((groups, k, n))
+    dw = fp8_grouped_wgrad(x_columns, dy_columns, tile_group, groups, total)
+    wide_x, wide_dy = numpy_rows(x_columns), numpy_rows(dy_columns)
+    for group, part in enumerate([slice(0, 256), slice(0, 0), slice(256, 384)]):
+        assert calc_diff(dw[group], wide_x[:, part] @ wide_dy[:, part].T + 1) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Config(128, 128, 2), Config(192, 128, 2, cluster=2), Config(128, 160, 3), Config(128, 112, 2)],
+    ids=["two-warpgroups", "three-and-cluster", "wide-tile-across-blocks", "narrow-tile-across-blocks"],
+)
+def test_blockwise_kernel_is_the_reference(config):
+    x, w = quantize_rows(normal(0, 200, 384)), quantize_blocks(normal(1, 384, 336).astype(jnp.float32))
+    run = {"config": config, "num_sms": 2, "interpret": INTERPRET}
+    y = mosaic_gpu.matmul(x.values, x.scales, w.transposed, w.scales, scales_by_k=True, **run)
+    assert calc_diff(y, reference.matmul(x, w)) < BAR
+
+
+def test_blockwise_kernel_of_a_transposed_weight_is_the_reference():
+    dy, w = quantize_rows(normal(0, 136, 256)), quantize_blocks(normal(1, 144, 256).astype(jnp.float32))
+    run = {"config": Config(128, 128, 2), "num_sms": 2, "interpret": INTERPRET}
+    dx = mosaic_gpu.matmul(dy.values, dy.scales, w.values, w.scales, scales_by_k=False, dtype=jnp.float32, **run)
+    assert calc_diff(dx, reference.matmul_transposed(dy, w)) < 1e-9
+
+
+def test_grouped_kernel_is_the_reference_on_tiles_that_have_rows():
+    tile_group = jnp.array([0, 2, 2, 3], jnp.int32)
+    x, w = quantize_rows(normal(0, 512, 128)), quantize_blocks(normal(1, 3, 128, 136).astype(jnp.float32))
+    y = mosaic_gpu.matmul(
+        x.values,
+        x.scales,
+        w.transposed,
+        w.scales,
+        scales_by_k=True,
+        tile_group=tile_group,
+        config=Config(128, 128, 2),
+        num_sms=2,
+        interpret=INTERPRET,
+    )
+    assert calc_diff(y[:384], reference.grouped_matmul(x, w, tile_group)[:384]) < BAR
+
+
+@pytest.mark.parametrize("config", [Config(128, 128, 2), Config(192, 128, 2, cluster=2)], ids=["plain", "cluster"])
+def test_wgrad_kernel_is_the_reference(config):
+    x, dy = quantize_columns(normal(0, 384, 136)), quantize_columns(normal(1, 384, 144))
+    run = {"config": config, "num_sms": 2, "interpret": INTERPRET}
+    dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, **run)
+    assert calc_diff(dw[0], reference.wgrad(x, dy)) < 1e-9
+
+
+def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens():
+    x, dy = quantize_columns(normal(0, 512, 72)), quantize_columns(normal(1, 512, 136))
+    bounds, tile_group = jnp.array([0, 1, 1, 3], jnp.int32), jnp.array([0, 2, 2, 3], jnp.int32)
+    run = {"config": Config(128, 128, 2), "num_sms": 2, "interpret": INTERPRET}
+    dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, bounds, **run)
+    assert calc_diff(dw, reference.grouped_wgrad(x, dy, tile_group, 3)) < 1e-9
+    assert not np.asarray(dw[1]).any()
+
+
+def test_kernels_lower_for_every_linear_of_the_671b_model():
+    f8, f32 = jnp.float8_e4m3fn, jnp.float32
+    for n, k in SHAPES_671B.values():
+        shapes = [(4096, k), (-(-k // 128), 4096), (n, k), (-(-k // 128), -(-n // 128))]
+        avals = [jax.ShapeDtypeStruct(shape, f8 if i % 2 == 0 else f32) for i, shape in enumerate(shapes)]
+        config = config_for("matmul", 4096, n, k)
+        run = jax.jit(lambda *operands, config=config: mosaic_gpu.matmul(*operands, scales_by_k=True, config=config))
+        run.trace(*avals).lower(lowering_platforms=("cuda",))
+
+
+def test_naming_an_implementation_that_cannot_run_says_why():
+    x, w = quantize_rows(normal(0, 8, 128)), quantize_blocks(normal(1, 128, 128).astype(jnp.float32))
+    with pytest.raises(
+        NotImplementedError, match=r"needs a Hopper GPU, the backend is cpu.*implementation='reference'"
+    ):
+        fp8_matmul(x, w, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="implementation='cutlass': choose one of 'reference', 'mosaic_gpu', or None"):
+        fp8_matmul(x, w, implementation="cutlass")
