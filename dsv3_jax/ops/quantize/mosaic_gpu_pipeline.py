@@ -1,0 +1,136 @@
+"""What the Hopper kernels share: how a block walks over tiles, and how it turns one into FP8 (report 3.3.1).
+
+All of them are limited by memory, so that what counts is bytes in flight: two blocks live on a multiprocessor, each of
+two warpgroups that work on the same tile while the copy engine fetches a later one and writes back an earlier one.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float8e4m3fn, Int
+
+from dsv3_jax.ops.quantize.formats import E4M3, TILE
+from dsv3_jax.ops.quantize.reference import E4M3_MAX, SMALLEST_AMAX
+
+WARPGROUPS = 2
+"""In a block."""
+HALF = TILE // WARPGROUPS
+"""Rows or columns of a tile that one of them takes."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200. On a card with another number the kernels are correct, and blocks are shared out less evenly."""
+
+LAYOUT = plgpu.Layout.WGMMA
+ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)
+"""A value per row of a tile in registers, and one per column."""
+
+
+def staging(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
+    """Shared memory for tiles, swizzled so that neither rows nor columns collide in a bank."""
+    transforms = (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def output_staging(buffers: int) -> list:
+    """Values and scales that wait to be written: `buffers` halves of a tile for each warpgroup."""
+    return [staging((WARPGROUPS, buffers, HALF, TILE), E4M3), plgpu.SMEM((WARPGROUPS, buffers, HALF), jnp.float32)]
+
+
+def tiled_types(rows: int, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Of the values and the scales of a `Tiled`."""
+    return jax.ShapeDtypeStruct((rows, k), E4M3), jax.ShapeDtypeStruct((pl.cdiv(k, TILE), rows), jnp.float32)
+
+
+def launch(body: Callable, inputs: list[Array], *, blocks: int, interpret: plgpu.InterpretGPUParams | None, **options):
+    """Runs `body` in blocks of two warpgroups, axes "block" and "warpgroup"; `options` as plgpu.kernel takes them."""
+    if interpret is not None:
+        options["interpret"] = interpret
+    kernel = plgpu.kernel(
+        body, grid=(blocks,), grid_names=("block",), num_threads=WARPGROUPS, thread_name="warpgroup", **options
+    )
+    return kernel(*inputs)
+
+
+def for_each_tile(
+    grid: tuple[int, int],
+    fetch: Callable[[Int[Array, ""], Int[Array, ""], Int[Array, ""]], None],
+    work: Callable[[Int[Array, ""], Int[Array, ""], Int[Array, ""], Callable[[], None]], None],
+    released: jax.Ref,
+) -> None:
+    """Shares the tiles of `grid` out to the blocks, and keeps one slot per barrier of `released` busy with a fetch.
+
+    `fetch(slot, i, j)` starts the copies of a tile into its slot. `work(slot, i, j, refill)` waits for them, and calls
+    `refill` when the slot is read, after both warpgroups arrived at `released.at[slot]`.
+    """
+    block, slots = lax.axis_index("block"), released.shape[0]
+    steps = lax.div(math.prod(grid) - block + lax.axis_size("block") - 1, lax.axis_size("block"))
+    first_warpgroup = lax.axis_index("warpgroup") == 0
+
+    def position(step):
+        tile = block + step * lax.axis_size("block")
+        return lax.div(tile, jnp.int32(grid[1])), lax.rem(tile, jnp.int32(grid[1]))
+
+    for slot in range(slots):
+        pl.when(first_warpgroup & (slot < steps))(lambda slot=slot: fetch(jnp.int32(slot), *position(slot)))
+
+    @pl.loop(0, steps)
+    def _step(step):
+        slot = lax.rem(step, jnp.int32(slots)) if slots > 1 else jnp.int32(0)
+
+        def refill():
+            @pl.when(first_warpgroup)
+            def _():
+                plgpu.barrier_wait(released.at[slot])
+                pl.when(step + slots < steps)(lambda: fetch(slot, *position(step + slots)))
+
+        work(slot, *position(step), refill)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def quantize_tile(
+    x: Float[Array, "rows 128"], power_of_2: bool = False
+) -> tuple[Float8e4m3fn[Array, "rows 128"], Float[Array, " rows"]]:
+    """A float32 tile in registers to FP8, and the scales of its rows: the reference's numbers.
+
+    No clip is needed: what is multiplied by 448 / amax rounds to 448 at most.
+    """
+    scale, inverse = _scale_and_inverse(jnp.abs(x).max(axis=1), power_of_2)
+    return (x * lax.broadcast_in_dim(inverse, x.shape, [0])).astype(E4M3), scale
+
+
+def _scale_and_inverse(amax: Float[Array, " rows"], power_of_2: bool) -> tuple[Array, Array]:
+    amax = jnp.maximum(amax, SMALLEST_AMAX)
+    scale, inverse = amax / E4M3_MAX, E4M3_MAX / amax
+    if not power_of_2:
+        return scale, inverse
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    exponent = lax.shift_right_logical(bits + 0x7FFFFF, 23)  # rounded up
+    power = lambda biased: lax.bitcast_convert_type(lax.shift_left(biased, 23), jnp.float32)  # noqa: E731
+    finite = amax < jnp.inf
+    return jnp.where(finite, power(exponent), scale), jnp.where(finite, power(254 - exponent), inverse)
+
+
+def write(
+    quantized: tuple[Float8e4m3fn[Array, "64 128"], Float[Array, "64"]],
+    buffers: tuple[jax.Ref, jax.Ref],
+    buffer: int | Int[Array, ""],
+    destination: tuple[jax.Ref, jax.Ref],
+    row: Int[Array, ""],
+    tile: Int[Array, ""],
+) -> None:
+    """Sends half a tile to rows `row`... and tile `tile` of the `destination` values and scales.
+
+    Every warpgroup calls this for its buffers in turn, so that the one to be overwritten is the oldest in flight.
+    """
+    values_s, scales_s = (ref.at[lax.axis_index("warpgroup"), buffer] for ref in buffers)
+    plgpu.wait_smem_to_gmem(buffers[0].shape[1] - 1, wait_read_only=True)
+    values_s[...], scales_s[...] = quantized
+    plgpu.commit_smem()
+    rows = pl.ds(row, HALF)
+    plgpu.copy_smem_to_gmem(values_s, destination[0].at[rows, pl.ds(tile * TILE, TILE)], commit_group=False)
+    plgpu.copy_smem_to_gmem(scales_s, destination[1].at[tile, rows])
