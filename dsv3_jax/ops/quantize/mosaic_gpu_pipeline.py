@@ -5,7 +5,8 @@ two warpgroups that work on the same tile while the copy engine fetches a later 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.experimental.pallas as pl
@@ -57,55 +58,60 @@ def launch(body: Callable, inputs: list[Array], *, blocks: int, interpret: plgpu
 
 def for_each_tile(
     grid: tuple[int, int],
-    fetch: Callable[[Int[Array, ""], Int[Array, ""], Int[Array, ""]], None],
-    work: Callable[[Int[Array, ""], Int[Array, ""], Int[Array, ""], Callable[[], None]], None],
-    released: jax.Ref,
+    streams: Sequence[tuple[Callable, jax.Ref]],
+    work: Callable[..., None],
 ) -> None:
-    """Shares the tiles of `grid` out to the blocks, and keeps one slot per barrier of `released` busy with a fetch.
+    """Shares the tiles of `grid` out to the blocks, and keeps every slot busy with a fetch or with work on it.
 
-    `fetch(slot, i, j)` starts the copies of a tile into its slot. `work(slot, i, j, refill)` waits for them, and calls
-    `refill` when the slot is read, after both warpgroups arrived at `released.at[slot]`.
+    A stream is `fetch(slot, i, j)`, which starts copies of a tile into its slot, and the barriers, one per slot, at
+    which both warpgroups arrive when they have read it. `work(slot, i, j, *refills)` waits for the copies, arrives
+    there, and then calls the stream's refill.
     """
-    block, slots = lax.axis_index("block"), released.shape[0]
-    steps = lax.div(math.prod(grid) - block + lax.axis_size("block") - 1, lax.axis_size("block"))
+    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    slots = streams[0][1].shape[0]
+    steps = lax.div(math.prod(grid) - block + blocks - 1, blocks)
     first_warpgroup = lax.axis_index("warpgroup") == 0
 
     def position(step):
-        tile = block + step * lax.axis_size("block")
+        tile = block + step * blocks
         return lax.div(tile, jnp.int32(grid[1])), lax.rem(tile, jnp.int32(grid[1]))
 
+    def start(fetch, slot, step):
+        pl.when(first_warpgroup & (step < steps))(lambda: fetch(slot, *position(step)))
+
+    def refill(fetch, released, slot, step):
+        @pl.when(first_warpgroup)
+        def _():
+            plgpu.barrier_wait(released.at[slot])
+            pl.when(step < steps)(lambda: fetch(slot, *position(step)))
+
     for slot in range(slots):
-        pl.when(first_warpgroup & (slot < steps))(lambda slot=slot: fetch(jnp.int32(slot), *position(slot)))
+        for fetch, _ in streams:
+            start(fetch, jnp.int32(slot), slot)
 
     @pl.loop(0, steps)
     def _step(step):
-        slot = lax.rem(step, jnp.int32(slots)) if slots > 1 else jnp.int32(0)
-
-        def refill():
-            @pl.when(first_warpgroup)
-            def _():
-                plgpu.barrier_wait(released.at[slot])
-                pl.when(step + slots < steps)(lambda: fetch(slot, *position(step + slots)))
-
-        work(slot, *position(step), refill)
+        slot = lax.rem(step, jnp.int32(slots))
+        work(slot, *position(step), *[partial(refill, *stream, slot, step + slots) for stream in streams])
 
     plgpu.wait_smem_to_gmem(0)
 
 
 def quantize_tile(
-    x: Float[Array, "rows 128"], power_of_2: bool = False
-) -> tuple[Float8e4m3fn[Array, "rows 128"], Float[Array, " rows"]]:
-    """A float32 tile in registers to FP8, and the scales of its rows: the reference's numbers.
+    x: Float[Array, "*rows 128"], power_of_2: bool = False
+) -> tuple[Float8e4m3fn[Array, "*rows 128"], Float[Array, "*rows"]]:
+    """Float32 tiles in registers to FP8, and their scales: the reference's numbers.
 
     No clip is needed: what is multiplied by 448 / amax rounds to 448 at most.
     """
-    scale, inverse = _scale_and_inverse(jnp.abs(x).max(axis=1), power_of_2)
-    return (x * lax.broadcast_in_dim(inverse, x.shape, [0])).astype(E4M3), scale
+    scale, inverse = scale_and_inverse(jnp.abs(x).max(axis=-1), power_of_2)
+    return (x * lax.broadcast_in_dim(inverse, x.shape, range(x.ndim - 1))).astype(E4M3), scale
 
 
-def _scale_and_inverse(amax: Float[Array, " rows"], power_of_2: bool) -> tuple[Array, Array]:
+def scale_and_inverse(amax: Float[Array, "*tiles"], power_of_2: bool = False) -> tuple[Array, Array]:
+    """As in the reference, from the largest magnitudes of tiles."""
     amax = jnp.maximum(amax, SMALLEST_AMAX)
-    scale, inverse = amax / E4M3_MAX, E4M3_MAX / amax
+    scale, inverse = amax * (1 / E4M3_MAX), E4M3_MAX / amax
     if not power_of_2:
         return scale, inverse
     bits = lax.bitcast_convert_type(scale, jnp.int32)
@@ -127,10 +133,27 @@ def write(
 
     Every warpgroup calls this for its buffers in turn, so that the one to be overwritten is the oldest in flight.
     """
-    values_s, scales_s = (ref.at[lax.axis_index("warpgroup"), buffer] for ref in buffers)
+    mine = lax.axis_index("warpgroup"), buffer
     plgpu.wait_smem_to_gmem(buffers[0].shape[1] - 1, wait_read_only=True)
-    values_s[...], scales_s[...] = quantized
+    buffers[0].at[mine][...], buffers[1].at[mine][...] = quantized
     plgpu.commit_smem()
     rows = pl.ds(row, HALF)
-    plgpu.copy_smem_to_gmem(values_s, destination[0].at[rows, pl.ds(tile * TILE, TILE)], commit_group=False)
-    plgpu.copy_smem_to_gmem(scales_s, destination[1].at[tile, rows])
+    values = destination[0].at[rows, pl.ds(tile * TILE, TILE)]
+    plgpu.copy_smem_to_gmem(buffers[0].at[mine], values, commit_group=False)
+    plgpu.copy_smem_to_gmem(buffers[1].at[mine], destination[1].at[tile, rows])
+
+
+def write_values(
+    values: Float8e4m3fn[Array, "64 128"],
+    buffers: jax.Ref,
+    buffer: int,
+    destination: jax.Ref,
+    row: Int[Array, ""],
+    tile: Int[Array, ""],
+) -> None:
+    """`write` for values whose scale is their block's."""
+    mine = lax.axis_index("warpgroup"), buffer
+    plgpu.wait_smem_to_gmem(buffers.shape[1] - 1, wait_read_only=True)
+    buffers.at[mine][...] = values
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffers.at[mine], destination.at[pl.ds(row, HALF), pl.ds(tile * TILE, TILE)])

@@ -72,7 +72,7 @@ def quantize(
                 write(quantized, buffers, 1 if both else slot, outputs[-2:], j * TILE + start, i)
             refill()
 
-        for_each_tile((pl.cdiv(rows, TILE), k // TILE), fetch, work, released)
+        for_each_tile((pl.cdiv(rows, TILE), k // TILE), [(fetch, released)], work)
 
     scratch = [
         staging((2, TILE, TILE), x.dtype),
@@ -84,9 +84,7 @@ def quantize(
     return tuple(Tiled(*pair) for pair in zip(outputs[::2], outputs[1::2], strict=True))
 
 
-def retile(
-    x: Tiled, *, power_of_2: bool = False, blocks: int = BLOCKS, interpret: plgpu.InterpretGPUParams | None = None
-) -> Tiled:
+def retile(x: Tiled, *, blocks: int = BLOCKS, interpret: plgpu.InterpretGPUParams | None = None) -> Tiled:
     """From tiles along the features to tiles along the rows, transposed.
 
     Hopper has no transposing load of bytes, so the values, which float16 holds exactly, are widened in shared memory:
@@ -120,11 +118,10 @@ def retile(
             tile = plgpu.load(half_s.at[:, mine].transpose((1, 0)), layout=LAYOUT)
             plgpu.barrier_arrive(narrowed)
             tile = tile.astype(jnp.float32) * lax.broadcast_in_dim(row_scales, tile.shape, [1])
-            quantized = quantize_tile(tile, power_of_2)
-            write(quantized, (values_s, scales_s), slot, (values_g, scales_g), j * TILE + start, i)
+            write(quantize_tile(tile), (values_s, scales_s), slot, (values_g, scales_g), j * TILE + start, i)
 
         plgpu.barrier_arrive(narrowed)
-        for_each_tile((rows // TILE, k // TILE), fetch, work, released)
+        for_each_tile((rows // TILE, k // TILE), [(fetch, released)], work)
         plgpu.barrier_wait(narrowed)
 
     scratch = [

@@ -1,7 +1,8 @@
 """Fine-grained quantization in plain jnp: what the kernels must reproduce bit for bit (report 3.3.1, 3.3.2).
 
-For every tile or block, with amax its largest magnitude: scale = max(amax, 2^-100) / 448 in float32, or the power of
-two at or above that; the inverse is 448 / amax, or exactly 1 / scale; values are x * inverse, rounded to nearest even.
+For every tile or block, with amax its largest magnitude or 2^-100: scale = amax * (1 / 448) in float32 (XLA makes that
+of a division by 448 anyway), or the power of two at or above that; the inverse is 448 / amax, or exactly 1 / scale;
+values are x * inverse, rounded to nearest even.
 A tile of zeros has values of zero. A tile that holds inf or NaN dequantizes to NaN as a whole.
 """
 
@@ -21,13 +22,14 @@ def scale_and_inverse(
 ) -> tuple[Float[Array, "*tiles"], Float[Array, "*tiles"]]:
     """What values are multiplied by on their way back, and on their way in, so that amax becomes `largest`."""
     amax = jnp.maximum(amax, SMALLEST_AMAX)
+    scale, inverse = amax * jnp.float32(1 / largest), largest / amax
     if not power_of_2:
-        return amax / largest, largest / amax
-    mantissa, exponent = jnp.frexp(amax / largest)
+        return scale, inverse
+    mantissa, exponent = jnp.frexp(scale)
     exponent = exponent - (mantissa == 0.5)  # an exact power of two is its own scale
+    power = lambda exponent: jnp.ldexp(jnp.float32(1), exponent)  # noqa: E731
     finite = jnp.isfinite(amax)
-    scale = jnp.where(finite, jnp.ldexp(jnp.float32(1), exponent), amax)
-    return scale, jnp.where(finite, jnp.ldexp(jnp.float32(1), -exponent), 1 / amax)
+    return jnp.where(finite, power(exponent), scale), jnp.where(finite, power(-exponent), inverse)
 
 
 def quantize_rows(x: Float[Array, "rows k"], power_of_2: bool = False) -> Tiled:
@@ -115,7 +117,10 @@ def swiglu_quantize(hidden: Float[Array, "rows two_ff"], weights: Float[Array, "
 def swiglu_quantize_backward(
     hidden: Tiled, d_out: Float[Array, "rows ff"], weights: Float[Array, " rows"] | None
 ) -> SwiGLUBackward:
-    """Everything the backward pass of a SwiGLU between two FP8 products needs, from the kept FP8 input."""
+    """Everything the backward pass of a SwiGLU between two FP8 products needs, from the kept FP8 input.
+
+    Gradient and output are rounded to the type of `d_out` before they are quantized, along rows and columns alike.
+    """
     gate_up = dequantize(hidden)
     gate, up = jnp.split(gate_up, 2, axis=-1)
     scaled = d_out.astype(jnp.float32)
@@ -126,8 +131,8 @@ def swiglu_quantize_backward(
         d_weights = (scaled * silu * up).sum(axis=-1)
         scaled = scaled * weights[:, None]
     d_gate = scaled * up * (sigmoid + silu * (1 - sigmoid))
-    d_hidden = jnp.concatenate([d_gate, scaled * silu], axis=-1)
-    output = quantize_columns(_swiglu(gate_up, weights))
+    d_hidden = jnp.concatenate([d_gate, scaled * silu], axis=-1).astype(d_out.dtype)
+    output = quantize_columns(_swiglu(gate_up, weights).astype(d_out.dtype))
     return SwiGLUBackward(quantize_rows(d_hidden), quantize_columns(d_hidden), output, d_weights)
 
 
