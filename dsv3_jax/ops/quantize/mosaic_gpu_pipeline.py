@@ -1,7 +1,8 @@
 """What the Hopper kernels share: how a block walks over tiles, and how it turns one into FP8 (report 3.3.1).
 
-All of them are limited by memory, so that what counts is bytes in flight: two blocks live on a multiprocessor, each of
-two warpgroups that work on the same tile while the copy engine fetches a later one and writes back an earlier one.
+All of them are limited by memory: the warpgroups of a block work on the same tile while the copy engine fetches a later
+one and writes back an earlier one. More blocks than a multiprocessor needs to be busy cost bandwidth (on an H200 with
+both orientations, 0.86 of a copy's with one block on each, 0.80 with two), since memory sees more places at once.
 """
 
 import math
@@ -15,13 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Int
 
-from dsv3_jax.ops.quantize.formats import E4M3, TILE
-from dsv3_jax.ops.quantize.reference import E4M3_MAX, SMALLEST_AMAX
+from dsv3_jax.ops.quantize.formats import E4M3, TILE, Tiled
+from dsv3_jax.ops.quantize.reference import E4M3_MAX, SMALLEST_AMAX, nearest_quotient
 
 WARPGROUPS = 2
-"""In a block."""
-HALF = TILE // WARPGROUPS
-"""Rows or columns of a tile that one of them takes."""
+"""In most blocks."""
+HALF = TILE // 2
+"""Rows or columns of a tile that a warpgroup takes at once."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200. On a card with another number the kernels are correct, and blocks are shared out less evenly."""
 
@@ -36,22 +37,37 @@ def staging(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def output_staging(buffers: int) -> list:
+def output_staging(buffers: int, warpgroups: int = WARPGROUPS) -> list:
     """Values and scales that wait to be written: `buffers` halves of a tile for each warpgroup."""
-    return [staging((WARPGROUPS, buffers, HALF, TILE), E4M3), plgpu.SMEM((WARPGROUPS, buffers, HALF), jnp.float32)]
+    return [staging((warpgroups, buffers, HALF, TILE), E4M3), plgpu.SMEM((warpgroups, buffers, HALF), jnp.float32)]
 
 
 def tiled_types(rows: int, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Of the values and the scales of a `Tiled`."""
-    return jax.ShapeDtypeStruct((rows, k), E4M3), jax.ShapeDtypeStruct((pl.cdiv(k, TILE), rows), jnp.float32)
+    """Of the values and the scales of a `Tiled`, these with room for whole tiles of rows: the copy engine drops what
+    lies beyond the last row of values, but not what lies beyond the end of a row of scales."""
+    scales = pl.cdiv(k, TILE), pl.cdiv(rows, TILE) * TILE
+    return jax.ShapeDtypeStruct((rows, k), E4M3), jax.ShapeDtypeStruct(scales, jnp.float32)
 
 
-def launch(body: Callable, inputs: list[Array], *, blocks: int, interpret: plgpu.InterpretGPUParams | None, **options):
-    """Runs `body` in blocks of two warpgroups, axes "block" and "warpgroup"; `options` as plgpu.kernel takes them."""
+def tiled(values: Float8e4m3fn[Array, "rows k"], scales: Float[Array, "tiles padded_rows"]) -> Tiled:
+    """Of what `tiled_types` describes."""
+    return Tiled(values, scales[:, : values.shape[0]])
+
+
+def launch(
+    body: Callable,
+    inputs: list[Array],
+    *,
+    blocks: int,
+    warpgroups: int = WARPGROUPS,
+    interpret: plgpu.InterpretGPUParams | None,
+    **options,
+):
+    """Runs `body` in blocks of warpgroups, axes "block" and "warpgroup"; `options` as plgpu.kernel takes them."""
     if interpret is not None:
         options["interpret"] = interpret
     kernel = plgpu.kernel(
-        body, grid=(blocks,), grid_names=("block",), num_threads=WARPGROUPS, thread_name="warpgroup", **options
+        body, grid=(blocks,), grid_names=("block",), num_threads=warpgroups, thread_name="warpgroup", **options
     )
     return kernel(*inputs)
 
@@ -64,7 +80,7 @@ def for_each_tile(
     """Shares the tiles of `grid` out to the blocks, and keeps every slot busy with a fetch or with work on it.
 
     A stream is `fetch(slot, i, j)`, which starts copies of a tile into its slot, and the barriers, one per slot, at
-    which both warpgroups arrive when they have read it. `work(slot, i, j, *refills)` waits for the copies, arrives
+    which the warpgroups arrive when they have read it. `work(slot, i, j, *refills)` waits for the copies, arrives
     there, and then calls the stream's refill.
     """
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
@@ -111,7 +127,7 @@ def quantize_tile(
 def scale_and_inverse(amax: Float[Array, "*tiles"], power_of_2: bool = False) -> tuple[Array, Array]:
     """As in the reference, from the largest magnitudes of tiles."""
     amax = jnp.maximum(amax, SMALLEST_AMAX)
-    scale, inverse = amax * (1 / E4M3_MAX), E4M3_MAX / amax
+    scale, inverse = amax * (1 / E4M3_MAX), nearest_quotient(E4M3_MAX / amax, amax)
     if not power_of_2:
         return scale, inverse
     bits = lax.bitcast_convert_type(scale, jnp.int32)
@@ -128,13 +144,16 @@ def write(
     destination: tuple[jax.Ref, jax.Ref],
     row: Int[Array, ""],
     tile: Int[Array, ""],
+    in_flight: int | None = None,
 ) -> None:
     """Sends half a tile to rows `row`... and tile `tile` of the `destination` values and scales.
 
-    Every warpgroup calls this for its buffers in turn, so that the one to be overwritten is the oldest in flight.
+    Before that, all but the last `in_flight` of the warpgroup's writes leave their buffers: by default all but those
+    since its last of this buffer, if it takes its buffers in turn.
     """
     mine = lax.axis_index("warpgroup"), buffer
-    plgpu.wait_smem_to_gmem(buffers[0].shape[1] - 1, wait_read_only=True)
+    in_flight = buffers[0].shape[1] - 1 if in_flight is None else in_flight
+    plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
     buffers[0].at[mine][...], buffers[1].at[mine][...] = quantized
     plgpu.commit_smem()
     rows = pl.ds(row, HALF)

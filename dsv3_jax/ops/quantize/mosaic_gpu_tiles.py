@@ -18,11 +18,11 @@ from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     output_staging,
     quantize_tile,
     staging,
+    tiled,
     tiled_types,
     write,
 )
 
-BLOCKS = 2 * MULTIPROCESSORS
 
 
 def quantize(
@@ -31,7 +31,7 @@ def quantize(
     along_rows: bool = True,
     along_columns: bool = True,
     power_of_2: bool = False,
-    blocks: int = BLOCKS,
+    blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Tiled, ...]:
     """Tiles along the rows of x, of its transpose along its columns, or both, from one reading.
@@ -81,24 +81,25 @@ def quantize(
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
     ]
     outputs = launch(kernel, [x], blocks=blocks, interpret=interpret, out_type=types, scratch_types=scratch)
-    return tuple(Tiled(*pair) for pair in zip(outputs[::2], outputs[1::2], strict=True))
+    return tuple(tiled(*pair) for pair in zip(outputs[::2], outputs[1::2], strict=True))
 
 
-def retile(x: Tiled, *, blocks: int = BLOCKS, interpret: plgpu.InterpretGPUParams | None = None) -> Tiled:
+def retile(
+    x: Tiled, *, blocks: int = 2 * MULTIPROCESSORS, interpret: plgpu.InterpretGPUParams | None = None
+) -> Tiled:
     """From tiles along the features to tiles along the rows, transposed.
 
-    Hopper has no transposing load of bytes, so the values, which float16 holds exactly, are widened in shared memory:
+    Hopper has no transposing load of bytes, so a warpgroup widens the values of its 64 features to float16, which holds
+    them exactly, and reads them back from shared memory transposed:
 
-        copy engine    | fetch i+1                 | write columns i
-        warpgroup 0    | rows 0:64 to float16      | columns 0:64 from float16, times the rows' scales
-        warpgroup 1    | rows 64:128 to float16    | columns 64:128
+        copy engine    | fetch i+2                    | write columns i
+        a warpgroup    | 64 features of i, as float16 | transposed, times the rows' scales, quantized
     """
     rows, k = x.values.shape
 
-    def kernel(x_g, x_scales_g, values_g, scales_g, x_s, x_scales_s, half_s, values_s, scales_s, *barriers):
-        fetched, released, widened, narrowed = barriers
-        start = lax.axis_index("warpgroup") * HALF
-        mine = pl.ds(start, HALF)
+    def kernel(x_g, x_scales_g, values_g, scales_g, x_s, x_scales_s, wide_s, values_s, scales_s, fetched, released):
+        warpgroup = lax.axis_index("warpgroup")
+        start = warpgroup * HALF
 
         def fetch(slot, i, j):
             tile_rows = pl.ds(i * TILE, TILE)
@@ -108,32 +109,24 @@ def retile(x: Tiled, *, blocks: int = BLOCKS, interpret: plgpu.InterpretGPUParam
         def work(slot, i, j, refill):
             plgpu.barrier_wait(fetched.at[slot])
             row_scales = plgpu.load(x_scales_s.at[slot], layout=COLUMNS)
-            half = plgpu.load(x_s.at[slot, mine], layout=LAYOUT).astype(jnp.float16)
+            values = plgpu.load(x_s.at[slot, :, pl.ds(start, HALF)], layout=plgpu.Layout.WGMMA_8BIT)
             plgpu.barrier_arrive(released.at[slot])
-            plgpu.barrier_wait(narrowed)
-            half_s[mine] = half
-            plgpu.barrier_arrive(widened)
+            wide_s[warpgroup] = values.astype(jnp.float16)
             refill()
-            plgpu.barrier_wait(widened)
-            tile = plgpu.load(half_s.at[:, mine].transpose((1, 0)), layout=LAYOUT)
-            plgpu.barrier_arrive(narrowed)
-            tile = tile.astype(jnp.float32) * lax.broadcast_in_dim(row_scales, tile.shape, [1])
+            tile = plgpu.load(wide_s.at[warpgroup].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32)
+            tile = tile * lax.broadcast_in_dim(row_scales, tile.shape, [1])
             write(quantize_tile(tile), (values_s, scales_s), slot, (values_g, scales_g), j * TILE + start, i)
 
-        plgpu.barrier_arrive(narrowed)
         for_each_tile((rows // TILE, k // TILE), [(fetch, released)], work)
-        plgpu.barrier_wait(narrowed)
 
     scratch = [
-        staging((2, TILE, TILE), E4M3),
+        plgpu.SMEM((2, TILE, TILE), E4M3, transforms=(plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF))),
         plgpu.SMEM((2, TILE), jnp.float32),
-        staging((TILE, TILE), jnp.float16),
+        staging((WARPGROUPS, TILE, HALF), jnp.float16),
         *output_staging(buffers=2),
         plgpu.Barrier(num_arrivals=2, num_barriers=2),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]
     inputs = [x.values, x.scales]
     types = tiled_types(k, rows)
-    return Tiled(*launch(kernel, inputs, blocks=blocks, interpret=interpret, out_type=types, scratch_types=scratch))
+    return tiled(*launch(kernel, inputs, blocks=blocks, interpret=interpret, out_type=types, scratch_types=scratch))

@@ -17,25 +17,46 @@ E5M6_MAX = 65024.0
 SMALLEST_AMAX = 2.0**-100
 
 
+def largest_magnitude(x: Float[Array, "*shape"], axis: int | tuple[int, ...]) -> Float[Array, "*tiles"]:
+    """Of float32. Compared as integers, because XLA's maximum of floats may lose a NaN on a CPU."""
+    magnitudes = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    return jax.lax.bitcast_convert_type(magnitudes.max(axis=axis), jnp.float32)
+
+
 def scale_and_inverse(
     amax: Float[Array, "*tiles"], largest: float, power_of_2: bool
 ) -> tuple[Float[Array, "*tiles"], Float[Array, "*tiles"]]:
     """What values are multiplied by on their way back, and on their way in, so that amax becomes `largest`."""
-    amax = jnp.maximum(amax, SMALLEST_AMAX)
-    scale, inverse = amax * jnp.float32(1 / largest), largest / amax
+    amax = jnp.where(amax < SMALLEST_AMAX, SMALLEST_AMAX, amax)
+    scale, inverse = amax * jnp.float32(1 / largest), nearest_quotient(largest / amax, amax)
     if not power_of_2:
         return scale, inverse
     mantissa, exponent = jnp.frexp(scale)
     exponent = exponent - (mantissa == 0.5)  # an exact power of two is its own scale
     power = lambda exponent: jnp.ldexp(jnp.float32(1), exponent)  # noqa: E731
-    finite = jnp.isfinite(amax)
+    finite = amax < jnp.inf
     return jnp.where(finite, power(exponent), scale), jnp.where(finite, power(-exponent), inverse)
+
+
+def nearest_quotient(quotient: Float[Array, "*tiles"], divisor: Float[Array, "*tiles"]) -> Float[Array, "*tiles"]:
+    """The float32 nearest to numerator / divisor, from one at most two units away, as a GPU's division may be.
+
+    The numerator is a number of few bits, as 448. With both significands as integers it is a multiple of 2^32, so
+    that modulo 2^32 what the product leaves of it is minus the product.
+    """
+    significand = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFF | 0x800000  # noqa: E731
+    unit = significand(divisor)
+    twice_left = -2 * (significand(quotient) * unit)
+    count = lambda *conditions: sum(jnp.where(c, jnp.int32(1), jnp.int32(0)) for c in conditions)  # noqa: E731
+    steps = count(twice_left > unit, twice_left > 3 * unit) - count(twice_left < -unit, twice_left < -3 * unit)
+    nearest = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(quotient, jnp.int32) + steps, jnp.float32)
+    return jnp.where(divisor < jnp.inf, nearest, quotient)
 
 
 def quantize_rows(x: Float[Array, "rows k"], power_of_2: bool = False) -> Tiled:
     """1x128 tiles along the last axis; a last tile of fewer elements has a scale of its own."""
     tiles = _tiles_of_last_axis(x.astype(jnp.float32))
-    scale, inverse = scale_and_inverse(jnp.abs(tiles).max(axis=-1), E4M3_MAX, power_of_2)
+    scale, inverse = scale_and_inverse(largest_magnitude(tiles, -1), E4M3_MAX, power_of_2)
     values = _to_e4m3(tiles * inverse[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]]
     return Tiled(values, scale.T)
 
@@ -51,7 +72,7 @@ def quantize_blocks(weight: Float[Array, "*groups k n"]) -> Blocked:
     pad = [(0, 0)] * len(groups) + [(0, -k % TILE), (0, -n % TILE)]
     blocks = jnp.pad(weight.astype(jnp.float32), pad)
     blocks = blocks.reshape(*groups, -(-k // TILE), TILE, -(-n // TILE), TILE)
-    scale, inverse = scale_and_inverse(jnp.abs(blocks).max(axis=(-3, -1)), E4M3_MAX, power_of_2=False)
+    scale, inverse = scale_and_inverse(largest_magnitude(blocks, (-3, -1)), E4M3_MAX, power_of_2=False)
     values = _to_e4m3(blocks * inverse[..., :, None, :, None])
     values = values.reshape(*groups, blocks.shape[-4] * TILE, -1)[..., :k, :n]
     return Blocked(values, jnp.swapaxes(values, -1, -2), scale)
@@ -81,7 +102,7 @@ def quantize_e5m6(x: Float[Array, "rows k"]) -> tuple[Float16[Array, "rows k"], 
     """5 bits of exponent and 6 of mantissa, in 1x128 tiles with power-of-two scales; held in float16, whose lowest
     four bits stay zero. For the input of the linear after attention (report 3.3.3)."""
     tiles = _tiles_of_last_axis(x.astype(jnp.float32))
-    scale, inverse = scale_and_inverse(jnp.abs(tiles).max(axis=-1), E5M6_MAX, power_of_2=True)
+    scale, inverse = scale_and_inverse(largest_magnitude(tiles, -1), E5M6_MAX, power_of_2=True)
     values = round_to_e5m6(tiles * inverse[..., None]).astype(jnp.float16)
     return values.reshape(x.shape[0], -1)[:, : x.shape[1]], scale.T
 
