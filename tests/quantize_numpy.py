@@ -89,8 +89,12 @@ def wide(seed, shape, dtype=ml_dtypes.bfloat16):
     return (rng.standard_normal(shape) * np.exp(3 * rng.standard_normal(shape))).astype(dtype)
 
 
-def hard(shape):
-    """`wide`, with a tile of zeros, of tiny numbers, of exact ties, and tiles that hold inf and NaN."""
+def hard(shape, nan=True):
+    """`wide`, with a tile of zeros, of tiny numbers, of exact ties, and tiles that hold inf and NaN.
+
+    Without NaN for kernels in interpret mode, where XLA's maximum on the CPU, which may lose one, stands in for the
+    GPU's.
+    """
     x = wide(1, shape).astype(np.float32)
     x[3, :128] = 0
     x[4, :128] = 1e-38
@@ -99,5 +103,5 @@ def hard(shape):
     x[5, :128] = 0
     x[5, : len(ties)], x[5, 127] = ties, 448  # a largest magnitude of 448 leaves the others as they are
     x[6, :128] = -x[5, :128]
-    x[7, 5], x[8, 6], x[9, 7] = np.inf, -np.inf, np.nan
+    x[7, 5], x[8, 6], x[9, 7] = np.inf, -np.inf, np.nan if nan else 1
     return x.astype(ml_dtypes.bfloat16)

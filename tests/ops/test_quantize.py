@@ -8,7 +8,14 @@ import pytest
 import quantize_numpy as expected
 
 from dsv3_jax.ops import quantize
-from dsv3_jax.ops.quantize import Tiled, mosaic_gpu_blocks, mosaic_gpu_norm, mosaic_gpu_swiglu, mosaic_gpu_tiles
+from dsv3_jax.ops.quantize import (
+    Tiled,
+    mosaic_gpu_blocks,
+    mosaic_gpu_norm,
+    mosaic_gpu_swiglu,
+    mosaic_gpu_swiglu_backward,
+    mosaic_gpu_tiles,
+)
 from dsv3_jax.ops.quantize import reference as jnp_reference
 
 INTERPRET = {"blocks": 2, "interpret": plgpu.InterpretGPUParams()}
@@ -90,17 +97,17 @@ def test_e5m6_tiles_have_powers_of_two():
 
 @pytest.mark.parametrize("power_of_2", [False, True])
 def test_kernel_of_rows_and_columns(power_of_2):
-    x = expected.hard((256, 384))
+    x = expected.hard((256, 384), nan=False)
     rows, columns = mosaic_gpu_tiles.quantize(jnp.asarray(x), power_of_2=power_of_2, **INTERPRET)
     expected.assert_tiled(rows, expected.rows(x, power_of_2))
     expected.assert_tiled(columns, expected.columns(x, power_of_2))
 
 
 def test_kernels_of_one_orientation():
-    x = expected.hard((256, 128))
+    x = expected.hard((256, 128), nan=False)
     (columns,) = mosaic_gpu_tiles.quantize(jnp.asarray(x), along_rows=False, **INTERPRET)
     expected.assert_tiled(columns, expected.columns(x))
-    x = expected.hard((200, 128))
+    x = expected.hard((200, 128), nan=False)
     (rows,) = mosaic_gpu_tiles.quantize(jnp.asarray(x), along_columns=False, **INTERPRET)
     expected.assert_tiled(rows, expected.rows(x))
 
@@ -139,7 +146,7 @@ def test_kernels_of_swiglu(weighted):
     expected.assert_tiled(kept, expected.rows(hidden))
     theirs = jnp_reference.swiglu_quantize(hidden, weights)[1]
     expected.assert_close(out, theirs.values, theirs.scales)
-    ours = mosaic_gpu_swiglu.swiglu_quantize_backward(kept, d_out, weights, **INTERPRET)
+    ours = mosaic_gpu_swiglu_backward.swiglu_quantize_backward(kept, d_out, weights, **INTERPRET)
     theirs = jnp_reference.swiglu_quantize_backward(kept, d_out, weights)
     for name in ("d_hidden_rows", "d_hidden_columns", "output_columns"):
         expected.assert_close(getattr(ours, name), getattr(theirs, name).values, getattr(theirs, name).scales)
@@ -191,7 +198,7 @@ F32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
         (lambda x, gain: mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6), [BF16(4096, 7168), F32(7168)]),
         (lambda x, gain: mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6), [BF16(4096, 1280), F32(1280)]),
         (mosaic_gpu_swiglu.swiglu_quantize, [BF16(4096, 4096), F32(4096)]),
-        (mosaic_gpu_swiglu.swiglu_quantize_backward, [_tiled_shape(4096, 4096), BF16(4096, 2048), F32(4096)]),
+        (mosaic_gpu_swiglu_backward.swiglu_quantize_backward, [_tiled_shape(4096, 4096), BF16(4096, 2048), F32(4096)]),
         (mosaic_gpu_blocks.quantize_blocks, [F32(4, 7168, 4096)]),
     ],
     ids=["both", "rows", "retile", "rms_norm", "narrow rms_norm", "swiglu", "swiglu backward", "blocks"],
@@ -214,4 +221,16 @@ def test_implementations_are_named_and_refused():
     with pytest.raises(NotImplementedError, match="takes bfloat16, not float32"):
         quantize.quantize_both(x.astype(jnp.float32), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="do not fit"):
-        quantize.rms_norm_quantize(jnp.ones((4, 16384), jnp.bfloat16), jnp.ones(16384), 1e-6, "mosaic_gpu")
+        quantize.rms_norm_quantize(jnp.ones((4, 20480), jnp.bfloat16), jnp.ones(20480), 1e-6, "mosaic_gpu")
+
+
+def test_quotients_are_the_nearest_whatever_the_division_gives():
+    divisors = np.abs(expected.wide(13, 4000)).astype(np.float32)
+    divisors = np.maximum(np.concatenate([divisors, np.random.default_rng(14).uniform(1, 2, 4000)]), 1e-30)
+    divisors = divisors.astype(np.float32)
+    for numerator in (448, 65024):
+        nearest = np.float32(numerator) / divisors
+        for units in (-2, -1, 0, 1, 2):
+            off = (nearest.view(np.int32) + units).view(np.float32)
+            corrected = jnp_reference.nearest_quotient(jnp.asarray(off), jnp.asarray(divisors))
+            expected.assert_identical(corrected, nearest)

@@ -15,6 +15,7 @@ from dsv3_jax.ops.quantize import (
     mosaic_gpu_blocks,
     mosaic_gpu_norm,
     mosaic_gpu_swiglu,
+    mosaic_gpu_swiglu_backward,
     mosaic_gpu_tiles,
     reference,
 )
@@ -68,8 +69,8 @@ def rms_norm_quantize(
 ) -> tuple[Float[Array, "rows d"], Tiled]:
     """RMSNorm of the rows in the type of x, and that in 1x128 tiles."""
     d = x.shape[1]
-    fits = None if mosaic_gpu_norm.fits(d) else f"holds whole rows in shared memory, {d} elements do not fit"
-    if not _takes_kernel(implementation, _type(x), _rows(x, mosaic_gpu_norm.ROWS), _width(d, 2 * TILE), fits):
+    width = _width(d, 2 * TILE) or _fits(d)
+    if not _takes_kernel(implementation, _type(x), _rows(x, mosaic_gpu_norm.ROWS), width):
         return reference.rms_norm_quantize(x, gain, eps)
     return mosaic_gpu_norm.rms_norm_quantize(x, gain, eps)
 
@@ -94,7 +95,7 @@ def swiglu_quantize_backward(
     """What the backward pass of a SwiGLU between two FP8 products needs, from the kept `hidden`."""
     if not _takes_kernel(implementation, _type(d_out), _rows(d_out, TILE), _width(d_out.shape[1])):
         return reference.swiglu_quantize_backward(hidden, d_out, weights)
-    return mosaic_gpu_swiglu.swiglu_quantize_backward(hidden, d_out, weights)
+    return mosaic_gpu_swiglu_backward.swiglu_quantize_backward(hidden, d_out, weights)
 
 
 def _takes_kernel(implementation: Implementation | None, *refusals: str | None) -> bool:
@@ -113,6 +114,10 @@ def _device() -> str | None:
         return f"needs a GPU, the backend is {jax.default_backend()}"
     capability = getattr(jax.devices()[0], "compute_capability", "unknown")
     return None if capability == "9.0" else f"needs compute capability 9.0, this GPU has {capability}"
+
+
+def _fits(d: int) -> str | None:
+    return None if mosaic_gpu_norm.warpgroups(d) else f"holds whole rows in shared memory, {d} elements do not fit"
 
 
 def _type(x: Array, *taken: jnp.dtype) -> str | None:

@@ -18,7 +18,8 @@ from jaxtyping import Array
 from dsv3_jax.ops.quantize import api, reference
 from dsv3_jax.ops.quantize.formats import Tiled
 
-L2_BYTES = 50e6
+BYTES_OF_A_PROGRAM = 2e9
+"""Moved by the calls of one program: many times L2, and long enough that starting programs takes no time."""
 BURST_SECONDS = 0.07
 """Shorter bursts read too long when timed from the host."""
 BURSTS = 7
@@ -121,7 +122,7 @@ def main() -> None:
         kernel, xla = (partial(function, implementation) for implementation in ("mosaic_gpu", "reference"))
         moved = _bytes(first) + _bytes(jax.eval_shape(xla, *first))
         differ = _share_of_different_bytes(jax.jit(kernel)(*first), jax.jit(xla)(*first))
-        copies = min(16, 1 + int(4 * L2_BYTES / moved))
+        copies = min(32, 1 + int(BYTES_OF_A_PROGRAM / moved))
         inputs = [first, *(make(jax.random.key(n)) for n in range(1, copies))]
         times = [seconds_per_call(each, inputs) for each in (kernel, xla)]
         fractions = [moved / seconds / copy for seconds in times]

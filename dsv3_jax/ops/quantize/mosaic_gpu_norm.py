@@ -8,20 +8,26 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
 from dsv3_jax.ops.quantize.formats import E4M3, TILE, Tiled
-from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import MULTIPROCESSORS, WARPGROUPS, launch, quantize_tile
+from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import MULTIPROCESSORS, launch, quantize_tile
 
 ROWS = 4
 """Of a warpgroup, one for each warp."""
-SHARED_MEMORY = 220 * 1024
+SHARED_MEMORY = 224 * 1024
+"""Bytes of a multiprocessor, less what the compiler takes."""
 
 
-def fits(d: int) -> bool:
-    """Whether a block's rows of both types and the gain fit in shared memory."""
-    return _shared_bytes(d) <= SHARED_MEMORY
+def warpgroups(d: int) -> int:
+    """How many of a block, at most 3, fit with the rows they hold; 0 if none does."""
+    return max((n for n in (1, 2, 3) if _shared_bytes(d, n) <= SHARED_MEMORY), default=0)
 
 
-def _shared_bytes(d: int) -> int:
-    return WARPGROUPS * ROWS * d * 3 + 4 * d
+def _shared_bytes(d: int, warpgroups: int) -> int:
+    """BF16 rows and two FP8 chunks of each warpgroup, and the gain."""
+    return warpgroups * ROWS * (2 * d + 2 * _chunk(d) * TILE) + 4 * d
+
+
+def _chunk(d: int) -> int:
+    return max(n for n in (2, 4, 8) if d // TILE % n == 0)
 
 
 def rms_norm_quantize(
@@ -34,18 +40,19 @@ def rms_norm_quantize(
 ) -> tuple[BFloat16[Array, "rows d"], Tiled]:
     """The rows over their root mean square, times the gain, in BF16 and in 1x128 tiles.
 
-    Each warpgroup has four whole rows in shared memory at a time, one per warp, and its own fetches; while one waits
-    for a fetch the others of the multiprocessor compute:
+    Each warpgroup has four whole rows in shared memory at a time, one per warp, and its own fetches. It normalizes them
+    in place, some tiles after the other, and writes while it goes on. While it waits for rows, the other warpgroups of
+    the multiprocessor compute:
 
-        copy engine    | fetch rows i |                                                      | write both results
-        a warpgroup    |              | sum of squares | normalize in place, quantize a copy |
+        copy engine    | fetch rows |                | write chunk 0 | write chunk 1 |
+        a warpgroup    |            | sum of squares | chunk 0: normalize, quantize | chunk 1 | ...
     """
     rows, d = x.shape
-    tiles = d // TILE
-    chunk = max(n for n in (2, 4, 8) if tiles % n == 0)
+    tiles, chunk = d // TILE, _chunk(d)
+    chunks = tiles // chunk
     layout = _row_of_tiles(min(chunk, 4))
     if blocks is None:
-        blocks = MULTIPROCESSORS * min(4, SHARED_MEMORY // _shared_bytes(d))
+        blocks = MULTIPROCESSORS * min(4, SHARED_MEMORY // _shared_bytes(d, warpgroups(d)))
 
     def kernel(x_g, gain_g, normed_g, values_g, scales_g, x_s, gain_s, values_s, fetched, gain_fetched):
         warpgroup = lax.axis_index("warpgroup")
@@ -53,16 +60,17 @@ def rms_norm_quantize(
         pl.when(warpgroup == 0)(lambda: plgpu.copy_gmem_to_smem(gain_g, gain_s, gain_fetched))
         plgpu.barrier_wait(gain_fetched)
 
-        def tiles_first(ref, n):
-            return ref.at[:, pl.ds(n * chunk, chunk)].transpose((1, 0, 2))
+        def tiles_of(n):
+            return pl.ds(n * chunk, chunk)
 
         def load(n):
-            return plgpu.load(tiles_first(x_s, n), layout=layout, optimized=False).astype(jnp.float32)
+            return plgpu.load(_tiles_first(x_s.at[n]), layout=layout, optimized=False).astype(jnp.float32)
 
         @plgpu.nd_loop((rows // ROWS,), collective_axes=("block", "warpgroup"))
         def _rows(info):
             mine = pl.ds(info.index[0] * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(x_g.at[mine], x_s, fetched)
+            for n in range(chunks):
+                plgpu.copy_gmem_to_smem(x_g.at[mine, tiles_of(n)], x_s.at[n], fetched)
             plgpu.barrier_wait(fetched)
 
             def add_squares(n, total):
@@ -70,24 +78,25 @@ def rms_norm_quantize(
                 return total + part * part
 
             zeros = plgpu.layout_cast(jnp.zeros((chunk, ROWS, TILE), jnp.float32), layout)
-            squares = lax.fori_loop(0, tiles // chunk, add_squares, zeros)
-            mean = squares.sum(axis=2).sum(axis=0) / d
-            root = lax.rsqrt(mean + eps)
+            squares = lax.fori_loop(0, chunks, add_squares, zeros)
+            root = lax.rsqrt(squares.sum(axis=2).sum(axis=0) / d + eps)
 
-            @pl.loop(0, tiles // chunk)
-            def _chunk(n):
+            @pl.loop(0, chunks)
+            def _chunk_of_tiles(n):
                 part = load(n)
                 part = part * lax.broadcast_in_dim(root, part.shape, [1])
-                chunk_gain = plgpu.load(gain_s.at[pl.ds(n * chunk, chunk)], layout=layout.reduce(1), optimized=False)
+                chunk_gain = plgpu.load(gain_s.at[tiles_of(n)], layout=layout.reduce(1), optimized=False)
                 part = (part * lax.broadcast_in_dim(chunk_gain, part.shape, [0, 2])).astype(x.dtype)
-                tiles_first(x_s, n)[...] = part
                 values, scales = quantize_tile(part.astype(jnp.float32))
-                tiles_first(values_s, n)[...] = values
-                scales_g[pl.ds(n * chunk, chunk), mine] = scales
+                scales_g[tiles_of(n), mine] = scales
+                buffer = values_s.at[lax.rem(n, jnp.int32(2))]
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                _tiles_first(x_s.at[n])[...] = part
+                _tiles_first(buffer)[...] = values
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(x_s.at[n], normed_g.at[mine, tiles_of(n)], commit_group=False)
+                plgpu.copy_smem_to_gmem(buffer, values_g.at[mine, tiles_of(n)])
 
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(x_s, normed_g.at[mine])
-            plgpu.copy_smem_to_gmem(values_s, values_g.at[mine])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         plgpu.wait_smem_to_gmem(0)
@@ -97,6 +106,7 @@ def rms_norm_quantize(
         kernel,
         [x.reshape(cube), gain.astype(jnp.float32).reshape(tiles, TILE)],
         blocks=blocks,
+        warpgroups=warpgroups(d),
         interpret=interpret,
         out_type=[
             jax.ShapeDtypeStruct(cube, x.dtype),
@@ -104,17 +114,22 @@ def rms_norm_quantize(
             jax.ShapeDtypeStruct((tiles, rows), jnp.float32),
         ],
         scratch_types=[
-            plgpu.SMEM((WARPGROUPS, ROWS, tiles, TILE), x.dtype),
+            plgpu.SMEM((warpgroups(d), chunks, ROWS, chunk, TILE), x.dtype),
             plgpu.SMEM((tiles, TILE), jnp.float32),
-            plgpu.SMEM((WARPGROUPS, ROWS, tiles, TILE), E4M3),
-            plgpu.Barrier(num_barriers=WARPGROUPS),
+            plgpu.SMEM((warpgroups(d), 2, ROWS, chunk, TILE), E4M3),
+            plgpu.Barrier(num_arrivals=chunks, num_barriers=warpgroups(d)),
             plgpu.Barrier(),
         ],
     )
     return normed.reshape(rows, d), Tiled(values.reshape(rows, d), scales)
 
 
-def _row_of_tiles(tiles: int):
+def _tiles_first(ref: jax.Ref) -> jax.Ref:
+    """[rows, tiles, 128] as [tiles, rows, 128], the order of the scales."""
+    return ref.transpose((1, 0, 2))
+
+
+def _row_of_tiles(tiles: int) -> plgpu.Layout:
     """Registers for [tiles, 4 rows, 128], 2 or 4 tiles: a warp has a row of them, and a lane eight neighbours of it,
     two times where there are four tiles."""
     base = (tiles, ROWS, TILE)

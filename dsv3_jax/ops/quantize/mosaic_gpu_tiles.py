@@ -24,7 +24,6 @@ from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
 )
 
 
-
 def quantize(
     x: BFloat16[Array, "rows k"],
     *,
@@ -84,9 +83,7 @@ def quantize(
     return tuple(tiled(*pair) for pair in zip(outputs[::2], outputs[1::2], strict=True))
 
 
-def retile(
-    x: Tiled, *, blocks: int = 2 * MULTIPROCESSORS, interpret: plgpu.InterpretGPUParams | None = None
-) -> Tiled:
+def retile(x: Tiled, *, blocks: int = 2 * MULTIPROCESSORS, interpret: plgpu.InterpretGPUParams | None = None) -> Tiled:
     """From tiles along the features to tiles along the rows, transposed.
 
     Hopper has no transposing load of bytes, so a warpgroup widens the values of its 64 features to float16, which holds
