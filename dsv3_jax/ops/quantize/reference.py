@@ -110,8 +110,9 @@ def quantize_e5m6(x: Float[Array, "rows k"]) -> tuple[Float16[Array, "rows k"], 
 def round_to_e5m6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The nearest number with 6 bits of mantissa and the exponents of float16, ties to even, at most 65024 in
     magnitude; float32."""
-    step = jnp.exp2(jnp.maximum(jnp.frexp(x)[1] - 1, -14) - 6.0)
-    return jnp.clip(jnp.round(x / step) * step, -E5M6_MAX, E5M6_MAX)
+    exponent = jnp.maximum(jnp.frexp(x)[1] - 1, -14) - 6
+    power = lambda exponent: jnp.ldexp(jnp.float32(1), exponent)  # noqa: E731 (exact, as exp2 is not)
+    return jnp.clip(jnp.round(x * power(-exponent)) * power(exponent), -E5M6_MAX, E5M6_MAX)
 
 
 def dequantize_e5m6(values: Float16[Array, "rows k"], scales: Float[Array, "tiles rows"]) -> Float[Array, "rows k"]:
