@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.experimental.pallas as pl
@@ -42,8 +42,24 @@ class Config:
         return (232, 40) if self.warpgroups == 2 else (160, 24)
 
 
-def refusal() -> str | None:
-    """Why kernels for Hopper cannot run here; None where they can."""
+Implementation = Literal["reference", "mosaic_gpu"]
+
+
+def takes_kernel(implementation: Implementation | None, what: str, *refusals: str | None) -> bool:
+    """Whether the Hopper kernel of an operation runs, given why its operands refuse; None takes it where it can.
+
+    Raises NotImplementedError where a kernel is asked for that cannot run, ValueError for an unknown name.
+    """
+    if implementation not in (None, *get_args(Implementation)):
+        choices = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation={implementation!r}: choose one of {choices}, or None")
+    why = next((r for r in (*refusals, _device_refusal()) if r is not None), None)
+    if implementation == "mosaic_gpu" and why is not None:
+        raise NotImplementedError(f"the Hopper kernel of {what} {why}: use implementation='reference'")
+    return why is None and implementation != "reference"
+
+
+def _device_refusal() -> str | None:
     if jax.default_backend() != "gpu":
         return f"needs a Hopper GPU, the backend is {jax.default_backend()}"
     capability = jax.devices()[0].compute_capability

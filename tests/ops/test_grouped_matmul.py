@@ -1,6 +1,7 @@
 """The product of each row with its group's weight, and its gradients, against a loop over rows."""
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.ops.grouped_matmul import grouped_matmul
+from dsv3_jax.ops.grouped_matmul import grouped_matmul, mosaic_gpu, reference
+from dsv3_jax.ops.hopper import Config
 from dsv3_jax.ops.weights import MixedWeight
 
 GROUPS, TILE, TILES, K, N = 4, 8, 12, 6, 5
@@ -89,3 +91,29 @@ def test_a_plain_float32_weight_under_bf16_rows_keeps_its_gradient_in_float32():
     _, _, dw = product_and_gradients(x, weight.astype(np.float32), tile_group, dy)
     assert dw.dtype == jnp.float32
     np.testing.assert_allclose(dw, row_by_row(x, weight, dy, row_group)[2], atol=2e-5)
+
+
+def test_hopper_kernels_interpreted_are_the_reference_on_tiles_that_have_rows():
+    rng = np.random.default_rng(0)
+    x, dy, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((512, 192), (512, 136), (3, 192, 136)))
+    tile_group, bounds = jnp.array([0, 2, 2, 3], jnp.int32), jnp.array([0, 1, 1, 3], jnp.int32)
+    run = {"config": Config(128, 128, 2), "num_sms": 2, "interpret": plgpu.InterpretGPUParams()}
+    held = slice(0, 384)
+    y = mosaic_gpu.grouped_product(x, w, tile_group, **run)
+    np.testing.assert_allclose(
+        np.float32(y[held]), np.float32(reference.grouped_forward(x, w, tile_group)[held]), rtol=2**-7, atol=1e-2
+    )
+    dx = mosaic_gpu.grouped_product(dy[:, :128], w[:, :, :128], tile_group, transposed=True, **run)
+    expected = reference.grouped_dgrad(dy[:, :128], w[:, :, :128], tile_group)
+    np.testing.assert_allclose(np.float32(dx[held]), np.float32(expected[held]), rtol=2**-7, atol=1e-2)
+    dw = mosaic_gpu.grouped_wgrad(x, dy, bounds, **run)
+    np.testing.assert_allclose(dw, reference.grouped_wgrad(x, dy, tile_group, 3), atol=1e-4)
+    assert not np.asarray(dw[1]).any()
+
+
+def test_naming_a_kernel_that_cannot_run_says_why():
+    x, w = jnp.zeros((128, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="takes groups in tiles of 128 rows, not 64"):
+        grouped_matmul(x, w, jnp.zeros(2, jnp.int32), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU, the backend is cpu"):
+        grouped_matmul(x, w, jnp.zeros(1, jnp.int32), implementation="mosaic_gpu")

@@ -212,7 +212,7 @@ def test_implementations_are_named_and_refused():
     with pytest.raises(ValueError, match="choose one of 'reference', 'mosaic_gpu'"):
         quantize.quantize_rows(x, implementation="cuda")
     for refused, why in (
-        (x, "needs a GPU"),
+        (x, "needs a Hopper GPU"),
         (x[:, :80], "widths in multiples of 128, not 80"),
         (x[:7], "rows in mult"),
     ):

@@ -7,18 +7,14 @@ the number of groups, may hold anything, in operands and results alike.
 run raises NotImplementedError, an unknown name ValueError.
 """
 
-from typing import Literal, get_args
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.fp8_matmul import mosaic_gpu, reference
 from dsv3_jax.ops.fp8_matmul.tiles import config_for
-from dsv3_jax.ops.hopper import multiprocessors, refusal
+from dsv3_jax.ops.hopper import Implementation, multiprocessors, takes_kernel
 from dsv3_jax.ops.quantize.formats import TILE, Blocked, Tiled
-
-Implementation = Literal["reference", "mosaic_gpu"]
 
 
 def fp8_matmul(
@@ -97,18 +93,13 @@ def fp8_grouped_wgrad(
 
 def _takes_kernel(implementation: Implementation | None, a: Array, b: Array, tile: int = TILE) -> bool:
     """Whether the kernel runs, for operands of [rows, k] and [..., rows, k], grouped in tiles of `tile` rows."""
-    if implementation not in (None, *get_args(Implementation)):
-        choices = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"implementation={implementation!r}: choose one of {choices}, or None")
-    why = refusal()
-    for rows in (a.shape[0], b.shape[-2]):
-        if why is None and rows % 8:
-            why = f"takes operands whose rows are a multiple of 8, not {rows}"
-    if why is None and tile != TILE:
-        why = f"takes groups in tiles of {TILE} rows, not {tile}"
-    if implementation == "mosaic_gpu" and why is not None:
-        raise NotImplementedError(f"mosaic_gpu FP8 product {why}: use implementation='reference'")
-    return why is None and implementation != "reference"
+    odd = next((rows for rows in (a.shape[0], b.shape[-2]) if rows % 8), None)
+    return takes_kernel(
+        implementation,
+        "FP8 products",
+        f"takes operands whose rows are a multiple of 8, not {odd}" if odd else None,
+        f"takes groups in tiles of {TILE} rows, not {tile}" if tile != TILE else None,
+    )
 
 
 def _blockwise(

@@ -1,7 +1,6 @@
 """The grouped product of the routed experts, with its gradients: picks an implementation."""
 
 from functools import partial
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.grouped_matmul import mosaic_gpu
 from dsv3_jax.ops.grouped_matmul.reference import grouped_dgrad, grouped_forward, grouped_wgrad
-from dsv3_jax.ops.hopper import multiprocessors, refusal
+from dsv3_jax.ops.hopper import Implementation, multiprocessors, takes_kernel
 from dsv3_jax.ops.weights import MixedWeight, Weight
-
-Implementation = Literal["reference", "mosaic_gpu"]
 
 
 def grouped_matmul(
@@ -31,17 +28,8 @@ def grouped_matmul(
     raises NotImplementedError, an unknown name ValueError.
     """
     value, slot = (weight.value, weight.slot) if isinstance(weight, MixedWeight) else (weight.astype(x.dtype), weight)
-    return _grouped(x, value, slot, tile_group, _takes_kernel(implementation, x, value, tile_group))
-
-
-def _takes_kernel(implementation: Implementation | None, x: Array, value: Array, tile_group: Array) -> bool:
-    if implementation not in (None, *get_args(Implementation)):
-        choices = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"implementation={implementation!r}: choose one of {choices}, or None")
-    why = refusal() or mosaic_gpu.unsupported(x, value, tile_group)
-    if implementation == "mosaic_gpu" and why is not None:
-        raise NotImplementedError(f"mosaic_gpu grouped product {why}: use implementation='reference'")
-    return why is None and implementation != "reference"
+    kernel = takes_kernel(implementation, "grouped products", mosaic_gpu.unsupported(x, value, tile_group))
+    return _grouped(x, value, slot, tile_group, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -5,12 +5,10 @@ NotImplementedError saying why, an unknown name ValueError. The kernels give the
 for exponentials, roots and sums over rows, which differ in their last bits.
 """
 
-from typing import Literal, get_args
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dsv3_jax.ops.hopper import Implementation, takes_kernel
 from dsv3_jax.ops.quantize import (
     mosaic_gpu_blocks,
     mosaic_gpu_norm,
@@ -20,8 +18,6 @@ from dsv3_jax.ops.quantize import (
     reference,
 )
 from dsv3_jax.ops.quantize.formats import TILE, Blocked, SwiGLUBackward, Tiled
-
-Implementation = Literal["reference", "mosaic_gpu"]
 
 
 def quantize_rows(
@@ -100,20 +96,7 @@ def swiglu_quantize_backward(
 
 def _takes_kernel(implementation: Implementation | None, *refusals: str | None) -> bool:
     """Whether the kernel runs, given why not."""
-    if implementation not in (None, *get_args(Implementation)):
-        choices = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"implementation={implementation!r}: choose one of {choices}, or None")
-    refusal = next((r for r in (*refusals, _device()) if r is not None), None)
-    if implementation == "mosaic_gpu" and refusal:
-        raise NotImplementedError(f"the Hopper kernel {refusal}: use implementation='reference'")
-    return implementation != "reference" and refusal is None
-
-
-def _device() -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"needs a GPU, the backend is {jax.default_backend()}"
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-    return None if capability == "9.0" else f"needs compute capability 9.0, this GPU has {capability}"
+    return takes_kernel(implementation, "quantization", *refusals)
 
 
 def _fits(d: int) -> str | None:
