@@ -210,13 +210,15 @@ def test_an_accumulator_replaces_the_sums_of_every_product():
 
 def test_gradients_in_blocks_lose_the_small_rows_that_tiles_keep():
     x, w = normal(0, ROWS, K), weight(1, K, N)
-    dy = normal(2, ROWS, N).at[0].multiply(2.0**14)
+    dy = normal(2, ROWS, N).at[0].multiply(2.0**18)  # e4m3 reaches from 2^-9 to 448
     _, pullback = jax.vjp(linear, x, w)
     _, in_blocks = jax.vjp(linear, x, dataclasses.replace(w, recipe=Recipe(gradient_tiles="blocks")))
     want = np.asarray(dy, np.float64) @ blocks(w).T
-    for rows_of, bound in ((slice(128, None), 1e-2), (slice(1, 128), 0.5)):
-        assert difference(pullback(dy)[0][rows_of], want[rows_of]) < 2e-3
-        assert (difference(in_blocks(dy)[0][rows_of], want[rows_of]) < 1e-2) == (bound == 1e-2)
+    beside, elsewhere = slice(1, 128), slice(128, None)
+    for kept in (beside, elsewhere):
+        assert difference(pullback(dy)[0][kept], want[kept]) < 2e-3
+    assert difference(in_blocks(dy)[0][elsewhere], want[elsewhere]) < 2e-3
+    assert difference(in_blocks(dy)[0][beside], want[beside]) > 0.1
     assert all(jnp.isfinite(part).all() for part in three_gradients(Recipe(gradient_tiles="blocks")))
 
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import BatchConfig, Config, ConfigError, ModelConfig, ParallelConfig
+from dsv3_jax.ops.quantize import quantize_blocks
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import param_shardings
 from dsv3_jax.train.state import model_structure
@@ -82,3 +83,18 @@ def test_mesh_that_cannot_be_is_refused_by_name(parallel, message):
     config = Config(model=ModelConfig(num_experts=16), batch=BatchConfig(sequences=12), parallel=parallel)
     with pytest.raises(ConfigError, match=message):
         make_mesh(config)
+
+
+@pytest.mark.parametrize(("shape", "moved"), [((1024, 6), "f8_e4m3fn"), ((16, 6), "f32")], ids=["whole", "cut"])
+def test_fp8_blocks_are_those_of_the_whole_weight_whatever_the_shards(shape, moved):
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(2, 2, 2), ("data", "node", "gpu"))
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    sharding = param_shardings({"kernel": jax.ShapeDtypeStruct(shape, np.float32)}, mesh)["kernel"]
+    assert sharding.zero_dim == 0
+    gather = jax.shard_map(
+        sharding.gather_fp8, mesh=mesh, in_specs=sharding.spec, out_specs=PartitionSpec(), check_vma=False
+    )
+    got, want = jax.jit(gather)(weight), jax.jit(quantize_blocks)(weight)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float32(a), np.float32(b)), got, want)
+    gathered = [line for line in str(jax.make_jaxpr(gather)(weight)).splitlines() if "all_gather[" in line]
+    assert f"{moved}[{shape[0]},{shape[1]}]" in gathered[0]
