@@ -29,7 +29,8 @@ class FP8Rows:
 
 def quantize_input(x: Float[Array, "*batch k"], power_of_2: bool = False) -> FP8Rows:
     """x in 1x128 tiles; with power-of-two scales where it will travel (report 3.3.3)."""
-    return FP8Rows(_constant(quantize_rows(x.reshape(-1, x.shape[-1]), power_of_2)), x)
+    # Stopped before, not after: kernels have no derivative.
+    return FP8Rows(quantize_rows(_flat(jax.lax.stop_gradient(x)), power_of_2), x)
 
 
 def fp8_linear(x: Float[Array, "*batch k"] | FP8Rows, weight: FP8Weight) -> Float[Array, "*batch n"]:
@@ -92,7 +93,3 @@ def _gradients(x_columns: Tiled, dy: Array, weight: FP8Weight) -> tuple[Array, A
 
 def _flat(x: Array) -> Float[Array, "rows k"]:
     return x.reshape(-1, x.shape[-1])
-
-
-def _constant(tiles: Tiled) -> Tiled:
-    return jax.tree.map(jax.lax.stop_gradient, tiles)

@@ -1,7 +1,8 @@
 """Fine-grained quantization in plain jnp: what the kernels must reproduce bit for bit (report 3.3.1, 3.3.2).
 
-For every tile or block, with amax its largest magnitude: scale = max(amax, 2^-100) / 448 in float32, or the power of
-two at or above that; the inverse is 448 / amax, or exactly 1 / scale; values are x * inverse, rounded to nearest even.
+For every tile or block, with amax its largest magnitude or 2^-100: scale = amax * (1 / 448) in float32 (XLA makes that
+of a division by 448 anyway), or the power of two at or above that; the inverse is 448 / amax, or exactly 1 / scale;
+values are x * inverse, rounded to nearest even.
 A tile of zeros has values of zero. A tile that holds inf or NaN dequantizes to NaN as a whole.
 """
 
@@ -16,24 +17,46 @@ E5M6_MAX = 65024.0
 SMALLEST_AMAX = 2.0**-100
 
 
+def largest_magnitude(x: Float[Array, "*shape"], axis: int | tuple[int, ...]) -> Float[Array, "*tiles"]:
+    """Of float32. Compared as integers, because XLA's maximum of floats may lose a NaN on a CPU."""
+    magnitudes = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    return jax.lax.bitcast_convert_type(magnitudes.max(axis=axis), jnp.float32)
+
+
 def scale_and_inverse(
     amax: Float[Array, "*tiles"], largest: float, power_of_2: bool
 ) -> tuple[Float[Array, "*tiles"], Float[Array, "*tiles"]]:
     """What values are multiplied by on their way back, and on their way in, so that amax becomes `largest`."""
-    amax = jnp.maximum(amax, SMALLEST_AMAX)
+    amax = jnp.where(amax < SMALLEST_AMAX, SMALLEST_AMAX, amax)
+    scale, inverse = amax * jnp.float32(1 / largest), nearest_quotient(largest / amax, amax)
     if not power_of_2:
-        return amax / largest, largest / amax
-    mantissa, exponent = jnp.frexp(amax / largest)
+        return scale, inverse
+    mantissa, exponent = jnp.frexp(scale)
     exponent = exponent - (mantissa == 0.5)  # an exact power of two is its own scale
-    finite = jnp.isfinite(amax)
-    scale = jnp.where(finite, jnp.ldexp(jnp.float32(1), exponent), amax)
-    return scale, jnp.where(finite, jnp.ldexp(jnp.float32(1), -exponent), 1 / amax)
+    power = lambda exponent: jnp.ldexp(jnp.float32(1), exponent)  # noqa: E731
+    finite = amax < jnp.inf
+    return jnp.where(finite, power(exponent), scale), jnp.where(finite, power(-exponent), inverse)
+
+
+def nearest_quotient(quotient: Float[Array, "*tiles"], divisor: Float[Array, "*tiles"]) -> Float[Array, "*tiles"]:
+    """The float32 nearest to numerator / divisor, from one at most two units away, as a GPU's division may be.
+
+    The numerator is a number of few bits, as 448. With both significands as integers it is a multiple of 2^32, so
+    that modulo 2^32 what the product leaves of it is minus the product.
+    """
+    significand = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFF | 0x800000  # noqa: E731
+    unit = significand(divisor)
+    twice_left = -2 * (significand(quotient) * unit)
+    count = lambda *conditions: sum(jnp.where(c, jnp.int32(1), jnp.int32(0)) for c in conditions)  # noqa: E731
+    steps = count(twice_left > unit, twice_left > 3 * unit) - count(twice_left < -unit, twice_left < -3 * unit)
+    nearest = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(quotient, jnp.int32) + steps, jnp.float32)
+    return jnp.where(divisor < jnp.inf, nearest, quotient)
 
 
 def quantize_rows(x: Float[Array, "rows k"], power_of_2: bool = False) -> Tiled:
     """1x128 tiles along the last axis; a last tile of fewer elements has a scale of its own."""
     tiles = _tiles_of_last_axis(x.astype(jnp.float32))
-    scale, inverse = scale_and_inverse(jnp.abs(tiles).max(axis=-1), E4M3_MAX, power_of_2)
+    scale, inverse = scale_and_inverse(largest_magnitude(tiles, -1), E4M3_MAX, power_of_2)
     values = _to_e4m3(tiles * inverse[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]]
     return Tiled(values, scale.T)
 
@@ -49,7 +72,7 @@ def quantize_blocks(weight: Float[Array, "*groups k n"]) -> Blocked:
     pad = [(0, 0)] * len(groups) + [(0, -k % TILE), (0, -n % TILE)]
     blocks = jnp.pad(weight.astype(jnp.float32), pad)
     blocks = blocks.reshape(*groups, -(-k // TILE), TILE, -(-n // TILE), TILE)
-    scale, inverse = scale_and_inverse(jnp.abs(blocks).max(axis=(-3, -1)), E4M3_MAX, power_of_2=False)
+    scale, inverse = scale_and_inverse(largest_magnitude(blocks, (-3, -1)), E4M3_MAX, power_of_2=False)
     values = _to_e4m3(blocks * inverse[..., :, None, :, None])
     values = values.reshape(*groups, blocks.shape[-4] * TILE, -1)[..., :k, :n]
     return Blocked(values, jnp.swapaxes(values, -1, -2), scale)
@@ -79,7 +102,7 @@ def quantize_e5m6(x: Float[Array, "rows k"]) -> tuple[Float16[Array, "rows k"], 
     """5 bits of exponent and 6 of mantissa, in 1x128 tiles with power-of-two scales; held in float16, whose lowest
     four bits stay zero. For the input of the linear after attention (report 3.3.3)."""
     tiles = _tiles_of_last_axis(x.astype(jnp.float32))
-    scale, inverse = scale_and_inverse(jnp.abs(tiles).max(axis=-1), E5M6_MAX, power_of_2=True)
+    scale, inverse = scale_and_inverse(largest_magnitude(tiles, -1), E5M6_MAX, power_of_2=True)
     values = round_to_e5m6(tiles * inverse[..., None]).astype(jnp.float16)
     return values.reshape(x.shape[0], -1)[:, : x.shape[1]], scale.T
 
@@ -87,8 +110,9 @@ def quantize_e5m6(x: Float[Array, "rows k"]) -> tuple[Float16[Array, "rows k"], 
 def round_to_e5m6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The nearest number with 6 bits of mantissa and the exponents of float16, ties to even, at most 65024 in
     magnitude; float32."""
-    step = jnp.exp2(jnp.maximum(jnp.frexp(x)[1] - 1, -14) - 6.0)
-    return jnp.clip(jnp.round(x / step) * step, -E5M6_MAX, E5M6_MAX)
+    exponent = jnp.maximum(jnp.frexp(x)[1] - 1, -14) - 6
+    power = lambda exponent: jnp.ldexp(jnp.float32(1), exponent)  # noqa: E731 (exact, as exp2 is not)
+    return jnp.clip(jnp.round(x * power(-exponent)) * power(exponent), -E5M6_MAX, E5M6_MAX)
 
 
 def dequantize_e5m6(values: Float16[Array, "rows k"], scales: Float[Array, "tiles rows"]) -> Float[Array, "rows k"]:
@@ -115,7 +139,10 @@ def swiglu_quantize(hidden: Float[Array, "rows two_ff"], weights: Float[Array, "
 def swiglu_quantize_backward(
     hidden: Tiled, d_out: Float[Array, "rows ff"], weights: Float[Array, " rows"] | None
 ) -> SwiGLUBackward:
-    """Everything the backward pass of a SwiGLU between two FP8 products needs, from the kept FP8 input."""
+    """Everything the backward pass of a SwiGLU between two FP8 products needs, from the kept FP8 input.
+
+    Gradient and output are rounded to the type of `d_out` before they are quantized, along rows and columns alike.
+    """
     gate_up = dequantize(hidden)
     gate, up = jnp.split(gate_up, 2, axis=-1)
     scaled = d_out.astype(jnp.float32)
@@ -126,8 +153,8 @@ def swiglu_quantize_backward(
         d_weights = (scaled * silu * up).sum(axis=-1)
         scaled = scaled * weights[:, None]
     d_gate = scaled * up * (sigmoid + silu * (1 - sigmoid))
-    d_hidden = jnp.concatenate([d_gate, scaled * silu], axis=-1)
-    output = quantize_columns(_swiglu(gate_up, weights))
+    d_hidden = jnp.concatenate([d_gate, scaled * silu], axis=-1).astype(d_out.dtype)
+    output = quantize_columns(_swiglu(gate_up, weights).astype(d_out.dtype))
     return SwiGLUBackward(quantize_rows(d_hidden), quantize_columns(d_hidden), output, d_weights)
 
 

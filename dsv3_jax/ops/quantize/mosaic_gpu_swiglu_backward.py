@@ -1,0 +1,167 @@
+"""A Hopper kernel for the SwiGLU between two FP8 products: backward, from the kept FP8 input."""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, BFloat16, Float
+
+from dsv3_jax.ops.quantize.formats import E4M3, TILE, SwiGLUBackward, Tiled
+from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
+    HALF,
+    LAYOUT,
+    MULTIPROCESSORS,
+    ROWS,
+    for_each_tile,
+    launch,
+    output_staging,
+    quantize_tile,
+    staging,
+    tiled_types,
+    write,
+)
+from dsv3_jax.ops.quantize.mosaic_gpu_swiglu import APPROXIMATE, sigmoid
+
+WARPGROUPS = 4
+CHUNK = 16
+"""Columns whose intermediate results are in registers at once."""
+
+
+def swiglu_quantize_backward(
+    hidden: Tiled,
+    d_out: BFloat16[Array, "rows ff"],
+    weights: Float[Array, " rows"] | None,
+    *,
+    blocks: int = MULTIPROCESSORS,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> SwiGLUBackward:
+    """All five results of the reference in one pass.
+
+    A block takes a 128x128 tile of the gate, of the up half and of `d_out`. Each of its four warpgroups computes a
+    quarter of the output, which replaces `d_out` in shared memory, and of the two gradients, all in BF16. Then they
+    share out the halves that there are to quantize:
+
+        copy engine       |                          | fetch gate, up i+1 | fetch d_out i+1 | write the five results
+        warpgroups 0, 1   | a quarter of the results | output columns     | d_gate rows     | d_gate columns
+        warpgroups 2, 3   | a quarter                | d_up rows          | d_up columns    |
+    """
+    rows, ff = d_out.shape
+    tiles = ff // TILE
+    weighted = weights is not None
+    partials_type = [jax.ShapeDtypeStruct((2 * tiles, rows), jnp.float32)] if weighted else []
+
+    def kernel(hidden_g, hidden_scales_g, d_out_g, *refs):
+        weights_g, refs = (refs[0], refs[1:]) if weighted else (None, refs)
+        d_rows, d_columns, out_columns, refs = refs[:2], refs[2:4], refs[4:6], refs[6:]
+        partials_g, refs = (refs[0], refs[1:]) if weighted else (None, refs)
+        hidden_s, hidden_scales_s, out_s, gradients_s, weights_s, values_s, scales_s, *barriers = refs
+        fetched, d_out_fetched, released, out_released, written, read = barriers
+        buffers = values_s, scales_s
+        warpgroup = lax.axis_index("warpgroup")
+        first, second = lax.div(warpgroup, jnp.int32(2)), lax.rem(warpgroup, jnp.int32(2))
+
+        def fetch(slot, i, j):
+            tile_rows = pl.ds(i * TILE, TILE)
+            for half in range(2):
+                tile = j + half * tiles
+                columns = pl.ds(tile * TILE, TILE)
+                plgpu.copy_gmem_to_smem(hidden_g.at[tile_rows, columns], hidden_s.at[half], fetched.at[slot])
+                plgpu.copy_gmem_to_smem(hidden_scales_g.at[tile, tile_rows], hidden_scales_s.at[half], fetched.at[slot])
+            if weighted:
+                plgpu.copy_gmem_to_smem(weights_g.at[tile_rows], weights_s, fetched.at[slot])
+
+        def fetch_d_out(slot, i, j):
+            tile = d_out_g.at[pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(tile, out_s, d_out_fetched.at[slot])
+
+        def work(slot, i, j, refill, refill_d_out):
+            quarter = pl.ds(first * HALF, HALF), pl.ds(second * HALF, HALF)
+            plgpu.barrier_wait(fetched.at[slot])
+            scales = [plgpu.load(hidden_scales_s.at[half, quarter[0]], layout=ROWS) for half in range(2)]
+            gate_up = [plgpu.load(hidden_s.at[half, *quarter], layout=LAYOUT) for half in range(2)]
+            row_weights = plgpu.load(weights_s.at[quarter[0]], layout=ROWS) if weighted else None
+            plgpu.barrier_arrive(released.at[slot])
+            plgpu.barrier_wait(d_out_fetched.at[slot])
+            d_out = plgpu.load(out_s.at[quarter], layout=LAYOUT)
+            *results, d_weights = _in_chunks(*gate_up, *scales, d_out, row_weights)
+            plgpu.barrier_wait(read)
+            out_s[quarter], gradients_s[0, *quarter], gradients_s[1, *quarter] = results
+            if weighted:
+                partials_g[2 * j + second, pl.ds(i * TILE + first * HALF, HALF)] = d_weights
+            plgpu.barrier_arrive(written)
+            refill()
+            plgpu.barrier_wait(written)
+
+            half, start = pl.ds(second * HALF, HALF), second * HALF
+
+            @pl.when(first == 0)
+            def _output():
+                tile = plgpu.load(out_s.at[:, half].transpose((1, 0)), layout=LAYOUT)
+                plgpu.barrier_arrive(out_released.at[slot])
+                quantized = quantize_tile(tile.astype(jnp.float32))
+                write(quantized, buffers, 1, out_columns, j * TILE + start, i, in_flight=0)
+
+            refill_d_out()
+            tile = plgpu.load(gradients_s.at[first, half], layout=LAYOUT).astype(jnp.float32)
+            write(quantize_tile(tile), buffers, 0, d_rows, i * TILE + start, j + first * tiles)
+            tile = plgpu.load(gradients_s.at[first, :, half].transpose((1, 0)), layout=LAYOUT)
+            plgpu.barrier_arrive(read)
+            quantized = quantize_tile(tile.astype(jnp.float32))
+            write(quantized, buffers, 1, d_columns, first * ff + j * TILE + start, i)
+
+        plgpu.barrier_arrive(read)
+        for_each_tile((rows // TILE, tiles), [(fetch, released), (fetch_d_out, out_released)], work)
+        plgpu.barrier_wait(read)
+
+    scratch = [
+        plgpu.SMEM((2, TILE, TILE), E4M3, transforms=(plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF))),
+        plgpu.SMEM((2, TILE), jnp.float32),
+        staging((TILE, TILE), d_out.dtype),
+        staging((2, TILE, TILE), d_out.dtype),
+        plgpu.SMEM((TILE,), jnp.float32),
+        *output_staging(buffers=2, warpgroups=WARPGROUPS),
+        plgpu.Barrier(num_arrivals=4 + weighted, num_barriers=1),
+        plgpu.Barrier(num_barriers=1),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=1),
+        plgpu.Barrier(num_arrivals=2, num_barriers=1),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
+    ]
+    outputs = launch(
+        kernel,
+        [hidden.values, hidden.scales, d_out, *([weights] if weighted else [])],
+        blocks=blocks,
+        warpgroups=WARPGROUPS,
+        interpret=interpret,
+        out_type=[*tiled_types(rows, 2 * ff), *tiled_types(2 * ff, rows), *tiled_types(ff, rows), *partials_type],
+        scratch_types=scratch,
+        compiler_params=APPROXIMATE,
+    )
+    pairs = [Tiled(*outputs[n : n + 2]) for n in (0, 2, 4)]
+    return SwiGLUBackward(*pairs, outputs[6].sum(axis=0) if weighted else None)
+
+
+def _in_chunks(
+    gate: Array, up: Array, gate_scales: Array, up_scales: Array, d_out: Array, weights: Array | None
+) -> list[Array | None]:
+    """Output, gradient of gate and of up, all in the type of `d_out`, and of the weights, of [64, 64] in registers.
+
+    A few columns after the other, since all intermediate results at once are more than there are registers.
+    """
+    shape = HALF, CHUNK
+    gate_scales, up_scales = (lax.broadcast_in_dim(scales, shape, [0]) for scales in (gate_scales, up_scales))
+    chunks, products = [], []
+    for start in range(0, HALF, CHUNK):
+        g, u, d = (x[:, start : start + CHUNK].astype(jnp.float32) for x in (gate, up, d_out))
+        g, u = g * gate_scales, u * up_scales
+        s = sigmoid(g)
+        silu = g * s
+        out = silu * u
+        if weights is not None:
+            products.append(d * out)
+            row_weights = lax.broadcast_in_dim(weights, shape, [0])
+            out, d = out * row_weights, d * row_weights
+        chunks.append([x.astype(d_out.dtype) for x in (out, d * u * (s + silu * (1 - s)), d * silu)])
+    d_weights = sum(products[1:], products[0]).sum(axis=1) if products else None
+    return [*(jnp.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True)), d_weights]

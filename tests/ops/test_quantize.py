@@ -1,0 +1,236 @@
+"""Quantization against numpy: the references, and the Hopper kernels in interpret mode."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quantize_numpy as expected
+
+from dsv3_jax.ops import quantize
+from dsv3_jax.ops.quantize import (
+    Tiled,
+    mosaic_gpu_blocks,
+    mosaic_gpu_norm,
+    mosaic_gpu_swiglu,
+    mosaic_gpu_swiglu_backward,
+    mosaic_gpu_tiles,
+)
+from dsv3_jax.ops.quantize import reference as jnp_reference
+
+INTERPRET = {"blocks": 2, "interpret": plgpu.InterpretGPUParams()}
+LOWERED = {"lowering_platforms": ("cuda",)}
+
+
+@pytest.mark.parametrize("power_of_2", [False, True])
+@pytest.mark.parametrize("shape", [(256, 256), (48, 576), (16, 160), (24, 80)])
+def test_reference_of_rows_and_columns(shape, power_of_2):
+    x = expected.hard(shape) if shape[1] > 128 else expected.wide(0, shape)
+    for jit in (lambda f: f, jax.jit):
+        rows = jit(lambda x: jnp_reference.quantize_rows(x, power_of_2))(x)
+        columns = jit(lambda x: jnp_reference.quantize_columns(x, power_of_2))(x)
+        expected.assert_tiled(rows, expected.rows(x, power_of_2))
+        expected.assert_tiled(columns, expected.columns(x, power_of_2))
+
+
+def test_special_tiles():
+    x = expected.hard((16, 128))
+    tiles = quantize.quantize_rows(jnp.asarray(x))
+    back = np.asarray(quantize.dequantize(tiles))
+    assert (np.asarray(tiles.values).astype(np.float32)[3] == 0).all()
+    assert (back[3:5] == 0).all()
+    assert np.isnan(back[7:10]).all()
+    assert np.isfinite(np.delete(back, [7, 8, 9], axis=0)).all()
+    ordinary = expected.wide(2, (64, 128))
+    back = np.asarray(quantize.dequantize(quantize.quantize_rows(jnp.asarray(ordinary))))
+    largest = np.abs(ordinary.astype(np.float32)).max(axis=1, keepdims=True)
+    assert (np.abs(back - ordinary.astype(np.float32)) <= largest / 28 + 1e-30).all()
+
+
+def test_ties_go_to_even_mantissas():
+    x = expected.hard((16, 128))
+    bits = np.asarray(quantize.quantize_rows(jnp.asarray(x)).values).view(np.uint8)[5, :126]
+    below = np.arange(126)
+    np.testing.assert_array_equal(bits, below + below % 2)
+
+
+@pytest.mark.parametrize("shape", [(256, 384), (200, 72)])
+def test_reference_of_blocks(shape):
+    weight = expected.wide(3, (2, *shape), np.float32)
+    blocks = quantize.quantize_blocks(jnp.asarray(weight))
+    for group in range(2):
+        values, transposed, scales = expected.blocks(weight[group])
+        expected.assert_identical(blocks.values[group], values)
+        expected.assert_identical(blocks.transposed[group], transposed)
+        expected.assert_identical(blocks.scales[group], scales)
+
+
+def test_reference_of_retile():
+    values, scales = expected.rows(expected.wide(4, (200, 160)))
+    columns = jnp_reference.retile(Tiled(jnp.asarray(values), jnp.asarray(scales)))
+    expected.assert_tiled(columns, expected.columns(expected.dequantize(values, scales)))
+
+
+def test_e5m6_takes_the_nearest_of_all_its_numbers():
+    numbers = np.sort([m * 2.0 ** (e - 20) for e in range(31) for m in range(64 if e else 0, 128)] + [0.0])
+    numbers = np.unique(np.concatenate([numbers[numbers <= 65024], [m * 2.0**-20 for m in range(64)]]))
+    ties = (numbers[:-1] + numbers[1:]) / 2
+    x = np.concatenate([numbers, ties, np.nextafter(ties, 0), [70000.0]]).astype(np.float32)
+    distance = np.abs(x[:, None].astype(np.float64) - numbers)
+    odd = np.arange(len(numbers)) % 2  # the order of the numbers is that of their bits
+    nearest = numbers[np.lexsort((np.broadcast_to(odd, distance.shape), distance), axis=1)[:, 0]]
+    for sign in (1, -1):
+        rounded = np.asarray(jnp_reference.round_to_e5m6(jnp.asarray(sign * x)))
+        np.testing.assert_array_equal(rounded, sign * nearest)
+
+
+def test_e5m6_tiles_have_powers_of_two():
+    x = expected.wide(5, (32, 200))
+    values, scales = quantize.quantize_e5m6(jnp.asarray(x))
+    assert (np.asarray(values).view(np.uint16) & 15 == 0).all()
+    assert (np.frexp(np.asarray(scales))[0] == 0.5).all()
+    back = np.asarray(quantize.dequantize_e5m6(values, scales))
+    smallest = np.repeat(np.asarray(scales).T, 128, axis=1)[:, :200] * 2.0**-21
+    error = np.abs(back - x.astype(np.float32))
+    assert (error <= np.maximum(np.abs(x.astype(np.float32)) / 128, smallest)).all()
+
+
+@pytest.mark.parametrize("power_of_2", [False, True])
+def test_kernel_of_rows_and_columns(power_of_2):
+    x = expected.hard((256, 384), nan=False)
+    rows, columns = mosaic_gpu_tiles.quantize(jnp.asarray(x), power_of_2=power_of_2, **INTERPRET)
+    expected.assert_tiled(rows, expected.rows(x, power_of_2))
+    expected.assert_tiled(columns, expected.columns(x, power_of_2))
+
+
+def test_kernels_of_one_orientation():
+    x = expected.hard((256, 128), nan=False)
+    (columns,) = mosaic_gpu_tiles.quantize(jnp.asarray(x), along_rows=False, **INTERPRET)
+    expected.assert_tiled(columns, expected.columns(x))
+    x = expected.hard((200, 128), nan=False)
+    (rows,) = mosaic_gpu_tiles.quantize(jnp.asarray(x), along_columns=False, **INTERPRET)
+    expected.assert_tiled(rows, expected.rows(x))
+
+
+def test_kernel_of_retile():
+    x = Tiled(*map(jnp.asarray, expected.rows(expected.wide(6, (256, 256)))))
+    columns = mosaic_gpu_tiles.retile(x, **INTERPRET)
+    expected.assert_tiled(columns, expected.columns(expected.dequantize(np.asarray(x.values), np.asarray(x.scales))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernel_of_blocks(dtype):
+    weight = jnp.asarray(expected.wide(7, (2, 128, 256), np.float32)).astype(dtype)
+    blocks = mosaic_gpu_blocks.quantize_blocks(weight, **INTERPRET)
+    for group in range(2):
+        values, transposed, scales = expected.blocks(weight[group])
+        expected.assert_identical(blocks.values[group], values)
+        expected.assert_identical(blocks.transposed[group], transposed)
+        expected.assert_identical(blocks.scales[group], scales)
+
+
+@pytest.mark.parametrize("d", [256, 1024])
+def test_kernel_of_rms_norm(d):
+    x, gain = jnp.asarray(expected.wide(8, (16, d))), jnp.asarray(expected.wide(9, (d,), np.float32))
+    normed, tiles = mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6, **INTERPRET)
+    reference_normed, _ = jnp_reference.rms_norm_quantize(x, gain, 1e-6)
+    np.testing.assert_allclose(normed.astype(np.float32), reference_normed.astype(np.float32), rtol=2.0**-7)
+    expected.assert_tiled(tiles, expected.rows(normed))  # of its own rounded result, exactly
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kernels_of_swiglu(weighted):
+    hidden, d_out = jnp.asarray(expected.wide(10, (128, 512))), jnp.asarray(expected.wide(11, (128, 256)))
+    weights = jnp.asarray(np.random.default_rng(12).uniform(size=128), jnp.float32) if weighted else None
+    kept, out = mosaic_gpu_swiglu.swiglu_quantize(hidden, weights, **INTERPRET)
+    expected.assert_tiled(kept, expected.rows(hidden))
+    theirs = jnp_reference.swiglu_quantize(hidden, weights)[1]
+    expected.assert_close(out, theirs.values, theirs.scales)
+    ours = mosaic_gpu_swiglu_backward.swiglu_quantize_backward(kept, d_out, weights, **INTERPRET)
+    theirs = jnp_reference.swiglu_quantize_backward(kept, d_out, weights)
+    for name in ("d_hidden_rows", "d_hidden_columns", "output_columns"):
+        expected.assert_close(getattr(ours, name), getattr(theirs, name).values, getattr(theirs, name).scales)
+    if weighted:
+        scale = np.abs(np.asarray(theirs.d_weights)).max()
+        np.testing.assert_allclose(ours.d_weights, theirs.d_weights, rtol=1e-4, atol=1e-6 * scale)
+    else:
+        assert ours.d_weights is None
+
+
+def test_reference_swiglu_backward_is_the_gradient():
+    hidden, d_out = jax.random.normal(jax.random.key(0), (64, 512)), jax.random.normal(jax.random.key(1), (64, 256))
+    weights = jax.random.uniform(jax.random.key(2), (64,))
+    kept = jnp_reference.quantize_rows(hidden)
+
+    def swiglu(hidden, weights):
+        gate, up = jnp.split(hidden, 2, axis=-1)
+        return jax.nn.silu(gate) * up * weights[:, None]
+
+    out, pullback = jax.vjp(swiglu, quantize.dequantize(kept), weights)
+    d_hidden, d_weights = pullback(d_out)
+    ours = jnp_reference.swiglu_quantize_backward(kept, d_out, weights)
+    for tiles, exact in (
+        (ours.d_hidden_rows, d_hidden),
+        (ours.d_hidden_columns, d_hidden.T),
+        (ours.output_columns, out.T),
+    ):
+        error = quantize.dequantize(tiles) - exact
+        assert jnp.linalg.norm(error) < 0.04 * jnp.linalg.norm(exact)
+    np.testing.assert_allclose(ours.d_weights, d_weights, rtol=1e-4, atol=1e-4)
+
+
+def _tiled_shape(rows, k):
+    return Tiled(
+        jax.ShapeDtypeStruct((rows, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((k // 128, rows), jnp.float32)
+    )
+
+
+BF16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+F32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("kernel", "inputs"),
+    [
+        (mosaic_gpu_tiles.quantize, [BF16(4096, 7168)]),
+        (lambda x: mosaic_gpu_tiles.quantize(x, along_columns=False, power_of_2=True), [BF16(4104, 18432)]),
+        (mosaic_gpu_tiles.retile, [_tiled_shape(32768, 2048)]),
+        (lambda x, gain: mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6), [BF16(4096, 7168), F32(7168)]),
+        (lambda x, gain: mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6), [BF16(4096, 1280), F32(1280)]),
+        (mosaic_gpu_swiglu.swiglu_quantize, [BF16(4096, 4096), F32(4096)]),
+        (mosaic_gpu_swiglu_backward.swiglu_quantize_backward, [_tiled_shape(4096, 4096), BF16(4096, 2048), F32(4096)]),
+        (mosaic_gpu_blocks.quantize_blocks, [F32(4, 7168, 4096)]),
+    ],
+    ids=["both", "rows", "retile", "rms_norm", "narrow rms_norm", "swiglu", "swiglu backward", "blocks"],
+)
+def test_kernels_lower_for_the_gpu(kernel, inputs):
+    jax.jit(kernel).trace(*inputs).lower(**LOWERED)
+
+
+def test_implementations_are_named_and_refused():
+    x = jnp.ones((128, 128), jnp.bfloat16)
+    with pytest.raises(ValueError, match="choose one of 'reference', 'mosaic_gpu'"):
+        quantize.quantize_rows(x, implementation="cuda")
+    for refused, why in (
+        (x, "needs a GPU"),
+        (x[:, :80], "widths in multiples of 128, not 80"),
+        (x[:7], "rows in mult"),
+    ):
+        with pytest.raises(NotImplementedError, match=why):
+            quantize.quantize_rows(refused, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="takes bfloat16, not float32"):
+        quantize.quantize_both(x.astype(jnp.float32), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="do not fit"):
+        quantize.rms_norm_quantize(jnp.ones((4, 20480), jnp.bfloat16), jnp.ones(20480), 1e-6, "mosaic_gpu")
+
+
+def test_quotients_are_the_nearest_whatever_the_division_gives():
+    divisors = np.abs(expected.wide(13, 4000)).astype(np.float32)
+    divisors = np.maximum(np.concatenate([divisors, np.random.default_rng(14).uniform(1, 2, 4000)]), 1e-30)
+    divisors = divisors.astype(np.float32)
+    for numerator in (448, 65024):
+        nearest = np.float32(numerator) / divisors
+        for units in (-2, -1, 0, 1, 2):
+            off = (nearest.view(np.int32) + units).view(np.float32)
+            corrected = jnp_reference.nearest_quotient(jnp.asarray(off), jnp.asarray(divisors))
+            expected.assert_identical(corrected, nearest)
