@@ -76,5 +76,5 @@ def config() -> Config:
         steps=242_940,  # 15,155 of the growing batch, then 62.9M tokens each: 14.8T in all
         output_dir="runs/v3_671b",
         resume="auto",
-        precision="bf16",
+        precision="fp8",
     )

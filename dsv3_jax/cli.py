@@ -25,7 +25,6 @@ PLAN_OPTIONS = {
     "--mesh": "sizes of pipe, data, node and gpu: pipe=16,data=2,node=8,gpu=8; from parallel where it is left out",
     "--device": "h800 (default), h100, h200, or a .toml file like theirs",
     "--schedule": "gpipe, 1f1b, interleaved_1f1b, zb1p, dualpipe (default, where it divides), dualpipev, ...",
-    "--products": "fp8 (default, as the report's) or bf16",
     "--timeline": "draw the pipeline's timeline into this .png",
     "--search": "print the ten fastest meshes, schedules, microbatches and recomputations of as many devices",
 }

@@ -227,7 +227,7 @@ def test_plan_on_the_reports_cluster(capsys, tmp_path):
 
 
 def test_plan_searches_on_the_devices_of_the_settings(capsys, config_file):
-    settings = ["--parallel.devices", "8", "--parallel.gpu", "4", "--search", "--products", "bf16"]
+    settings = ["--parallel.devices", "8", "--parallel.gpu", "4", "--search", "--precision", "bf16"]
     assert cli.main(["plan", str(config_file), *settings]) == 0
     assert "The best on 8 H800" in capsys.readouterr().out
 
@@ -241,7 +241,7 @@ BAD_PLANS = {
     "unknown device": ([*REPORT_MESH, "--device", "b300"], ["--device b300", "choose one of h100, h200, h800"]),
     "unknown schedule": ([*REPORT_MESH, "--schedule", "zigzag"], ["schedule='zigzag'", "choose one of gpipe, 1f1b"]),
     "odd ranks": (["--mesh", "pipe=3,node=8,gpu=8", "--schedule", "dualpipe"], ["ranks=3", "use an even number"]),
-    "unknown products": ([*REPORT_MESH, "--products", "fp4"], ["--products fp4", "choose one of fp8, bf16"]),
+    "no rates": ([*REPORT_MESH, "--precision", "fp32"], ["precision='fp32'", "pass --precision bf16"]),
     "no mesh": (["--timeline", "out.png"], ["leaves the number of devices open", "--mesh pipe=16,data=2,node=8,gpu=8"]),
     "no picture": ([*REPORT_MESH, "--timeline", "out.jpg"], ["--timeline out.jpg", "ends in .png"]),
     "no folder": ([*REPORT_MESH, "--timeline", "no/such/a.png"], ["--timeline no/such/a.png", "no such folder"]),

@@ -238,22 +238,21 @@ class ClusterPlan:
         return rows + attention + logits
 
 
-def plan_cluster(
-    config: Config, device: Device, mesh: dict[str, int], schedule: str | None = None, products: Products = "fp8"
-) -> ClusterPlan:
+def plan_cluster(config: Config, device: Device, mesh: dict[str, int], schedule: str | None = None) -> ClusterPlan:
     """A plan of this run on this mesh.
 
     Args:
         config: its `batch.microbatch` says how many sequences the whole mesh takes at once, its `recompute` what the
-            backward pass computes again.
+            backward pass computes again, its `precision` the type of the matrix products.
         device: from `load_device`.
         mesh: sizes of `pipe`, `data`, `node`, `gpu`.
         schedule: one of `schedule.KINDS`; None is the report's dualpipe, or 1f1b where that does not divide.
-        products: type of the matrix products; the report's is FP8 (3.3).
 
     Raises:
         ConfigError: the mesh, the model, the batch and the schedule do not fit together.
     """
+    if config.precision == "fp32":
+        raise ConfigError("precision='fp32': device files know the rates of bf16 and fp8; pass --precision bf16")
     _check_mesh(config, device, mesh)
     spread, rows = mesh["data"] * mesh["node"] * mesh["gpu"], config.batch.rows_per_microbatch
     if rows % spread:
@@ -269,7 +268,7 @@ def plan_cluster(
         raise ConfigError(
             f"{error} (pipe={mesh['pipe']}, batch.sequences / batch.microbatch = {microbatches})"
         ) from error
-    plan = ClusterPlan(config, device, mesh, products, table, rows // spread * config.batch.seq_len)
+    plan = ClusterPlan(config, device, mesh, config.precision, table, rows // spread * config.batch.seq_len)
     _ = plan.stages  # raises here what does not fit
     return plan
 

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 
@@ -13,7 +12,6 @@ from dsv3_jax.planner.cluster_report import print_cluster_plan
 from dsv3_jax.planner.devices import load_device
 from dsv3_jax.planner.report import mesh_of, plan, print_model
 from dsv3_jax.planner.search import print_search
-from dsv3_jax.planner.work import Products
 
 
 def run(
@@ -21,7 +19,6 @@ def run(
     mesh: str | None = None,
     device: str | None = None,
     schedule: str | None = None,
-    products: str | None = None,
     timeline: str | None = None,
     search: bool = False,
 ) -> None:
@@ -32,16 +29,13 @@ def run(
             devices.
     """
     console = Console()
-    products = products or "fp8"
-    if products not in get_args(Products.__value__):
-        raise ConfigError(f"--products {products}: choose one of {', '.join(get_args(Products.__value__))}")
     gpu, sizes = load_device(device or "h800"), _mesh(config, mesh)
     if search:
-        print_search(searching.search(config, gpu, math.prod(sizes.values()), products), console)
+        print_search(searching.search(config, gpu, math.prod(sizes.values())), console)
         return
     if timeline:
         _require_png(timeline)
-    planned = plan_cluster(config, gpu, sizes, schedule, products)
+    planned = plan_cluster(config, gpu, sizes, schedule)
     print_model(config, plan(config), console)
     print_cluster_plan(planned, console)
     if timeline:

@@ -11,15 +11,12 @@ from dsv3_jax.parallel.schedule import KINDS
 from dsv3_jax.planner.cluster import ClusterPlan, mean_state, plan_cluster
 from dsv3_jax.planner.devices import Device
 from dsv3_jax.planner.report import table
-from dsv3_jax.planner.work import Products
 
 SEQUENCES = (1, 2, 4, 8)
 """Sequences of a microbatch on each device that are tried."""
 
 
-def search(
-    config: Config, device: Device, devices: int, products: Products = "fp8", best: int = 10
-) -> list[ClusterPlan]:
+def search(config: Config, device: Device, devices: int, best: int = 10) -> list[ClusterPlan]:
     """The `best` fastest plans that fit into the devices' memory, fastest first.
 
     Tries every mesh whose axes are powers of two times what remains, every schedule, 1 to 8 sequences a device, and
@@ -29,7 +26,7 @@ def search(
     Raises:
         ConfigError: nothing fits, or nothing divides.
     """
-    plans = [plan for plan in _candidates(config, device, devices, products) if plan.fits]
+    plans = [plan for plan in _candidates(config, device, devices) if plan.fits]
     if not plans:
         raise ConfigError(
             f"--search: nothing fits {devices:,} x {device.name} of {device.memory / 1e9:,.0f} GB, or no mesh divides "
@@ -66,7 +63,7 @@ def print_search(plans: list[ClusterPlan], console: Console | None = None) -> No
     (console or Console()).print(table(title, headers, rows))
 
 
-def _candidates(config: Config, device: Device, devices: int, products: Products) -> Iterator[ClusterPlan]:
+def _candidates(config: Config, device: Device, devices: int) -> Iterator[ClusterPlan]:
     """Every plan that divides."""
     for pipe, node, gpu in itertools.product(
         _powers(min(devices, config.model.num_layers)), _powers(devices), _powers(device.gpus_per_node)
@@ -82,7 +79,7 @@ def _candidates(config: Config, device: Device, devices: int, products: Products
             try:
                 batch = dataclasses.replace(config.batch, microbatch=sequences * data * node * gpu)
                 changed = dataclasses.replace(config, batch=batch, recompute=recompute)
-                yield plan_cluster(changed, device, mesh, kind, products)
+                yield plan_cluster(changed, device, mesh, kind)
             except ConfigError:
                 continue
 
