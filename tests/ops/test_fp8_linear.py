@@ -117,8 +117,8 @@ def expected_feed_forward(x, dy_rows, dy_columns, gate_up, down, row_weights):
     out = rows(jnp.float32(swiglu(np.asarray(hidden, np.float64)) * scale))
     kept = rows(hidden)
     d_out = np.asarray(bf16(dy_rows @ blocks(down).T), np.float64)
-    d_hidden = jnp.float32(swiglu_gradient(kept, d_out * scale))
-    again = columns(jnp.float32(swiglu(kept) * scale))
+    d_hidden = bf16(swiglu_gradient(kept, d_out * scale))  # rounded before it is quantized along rows and columns
+    again = columns(bf16(swiglu(kept) * scale))
     return {
         "y": out @ blocks(down),
         "dx": rows(d_hidden) @ blocks(gate_up).T,
