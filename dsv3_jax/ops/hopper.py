@@ -22,14 +22,11 @@ class Config:
     rows: int = 128
     """Rows of an output tile, 64 for each compute warpgroup: 128 or 192."""
     cols: int = 128
-    """Columns of an output tile: a multiple of 16, as many as the registers hold."""
+    """Columns of an output tile."""
     stages: int = 4
     """Slots in shared memory for parts of both operands."""
     band: int = 8
     """Tiles are walked in bands of so many rows of tiles, so that operands are still in L2."""
-
-    cluster: int = 1
-    """Neighbouring blocks that share the rows they read: 1 or 2."""
 
     @property
     def warpgroups(self) -> int:
@@ -83,8 +80,8 @@ def walk(index: Array, grid: tuple[int, int], band: int) -> tuple[Array, Array]:
     return plgpu.planar_snake(index, grid, 0, band)
 
 
-def producer_and_consumers(config: Config, empty: Any, produce: Callable, consume: Callable) -> None:
-    """Runs `produce` in one warp of the last warpgroup and `consume` in the others, every slot starting out empty."""
+def producer_and_consumers(config: Config, produce: Callable[[], None], consume: Callable[[], Any]) -> None:
+    """Runs `produce` in one warp of the last warpgroup and `consume`, which stores results, in the others."""
     wg = lax.axis_index("wg")
 
     @pl.when(wg == config.warpgroups)
@@ -93,41 +90,34 @@ def producer_and_consumers(config: Config, empty: Any, produce: Callable, consum
 
         @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
         def _():
-            @pl.when(lax.axis_index("warp") == 0)
-            def _():
-                produce()
-                for slot in range(config.stages):
-                    plgpu.barrier_wait(empty.at[slot])
+            pl.when(lax.axis_index("warp") == 0)(produce)
 
     @pl.when(wg < config.warpgroups)
     def _():
         plgpu.set_max_registers(config.registers[0], action="increase")
-        for slot in range(config.stages):
-            plgpu.barrier_arrive(empty.at[slot])
         consume()
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
 
 @dataclass(frozen=True)
 class Store:
-    """Writes a warpgroup's sums, which come in chunks of columns, by way of two slots of shared memory."""
+    """Writes a warpgroup's sums, which come in chunks of columns, by way of shared memory."""
 
     cols: int
+    """Of all chunks together."""
     chunk: int
     dtype: Any
-    slots: int = 2
-
-    @property
-    def width(self) -> int:
-        """Columns of a slot: at most 128 bytes, of whole chunks or a whole part of one."""
-        most = 128 // jnp.dtype(self.dtype).itemsize
-        fits = [w for w in range(8, most + 1, 8) if not (self.cols % w or (w % self.chunk and self.chunk % w))]
-        return max(fits)
+    total: int
+    """Columns of the whole output."""
+    width: int
+    """Columns of a slot: whole chunks, or a whole part of one."""
+    slots: int
+    """Of each warpgroup; while one is written, the next may be filled."""
 
     def scratch(self, warpgroups: int) -> Any:
         """The slots of all warpgroups."""
         size = jnp.dtype(self.dtype).itemsize
-        swizzle = math.gcd(self.width * size, 128)
+        swizzle = math.gcd(math.gcd(self.width, self.total) * size, 128)
         swizzles = (plgpu.SwizzleTransform(swizzle),) if swizzle > 16 else ()  # 16 bytes need none
         transforms = (plgpu.TilingTransform((8, swizzle // size)), *swizzles)
         return plgpu.SMEM((warpgroups, self.slots, WARPGROUP_ROWS, self.width), self.dtype, transforms=transforms)
@@ -137,11 +127,8 @@ class Store:
     ) -> None:
         """Rows from `row`, columns from `col`; what lies beyond the output is dropped. `add` adds to what is there."""
         part = min(self.width, self.chunk)
-        pieces = [
-            piece.astype(self.dtype)[:, i : i + part] if part < self.chunk else piece.astype(self.dtype)
-            for piece in sums
-            for i in range(0, self.chunk, part)
-        ]
+        sums = [piece.astype(self.dtype) for piece in sums]
+        pieces = sums if part == self.chunk else [s[:, i : i + part] for s in sums for i in range(0, self.chunk, part)]
         for slot, first in enumerate(range(0, self.cols, self.width)):
             slot_ref = slots_ref.at[slot % self.slots]
             plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)

@@ -8,8 +8,7 @@ operands into the next free slot of shared memory. The others compute, 64 rows o
     compute 1  |      wgmma k       | promote k | wgmma k+1       | promote k+1 | ...
 
 so that the tensor cores work for one warpgroup while the others promote: Hopper sums FP8 products in about 14 bits, so
-the sum over each 128 columns is scaled and added to float32 registers by ordinary instructions. Two neighbouring blocks
-form a cluster: their output tiles lie side by side and share the rows of a, of which each loads half for both.
+the sum over each 128 columns is scaled and added to float32 registers by ordinary instructions.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,10 @@ from jaxtyping import Array
 from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, operand, producer_and_consumers, walk
 from dsv3_jax.ops.quantize.formats import E4M3, TILE
 
-Promote = Callable[[list[Array], Array, Array, Any], list[Array]]
+_STORED_BYTES = 256
+"""Of a row, in one slot of shared memory."""
+_CHUNK = 32
+"""Columns promoted at a time where each has its scale: all of them would not fit into the registers."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Work:
     first: Array
     """First block of 128 columns."""
     count: Array | int
-    """Blocks of 128 columns; a constant where it is known, since loops of known length are faster."""
+    """Blocks of 128 columns."""
+    end: Array | None = None
+    """The first row that is another group's; None where the tile owns all its rows."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,9 @@ class Problem:
     """Groups that are walked one after the other, and rows and columns of tiles of each."""
     work: Callable[..., Work]
     """(index_ref, group, row tile, column tile) -> Work."""
-    chunks: int
-    """Parts of a warpgroup's sums, each of columns that share what `scales` gives."""
-    scales: Callable[..., Any]
-    """(b_scales_ref, Work, block) -> what promotion needs of the scales in global memory, read a block ahead."""
-    promote: Callable[..., list[Array]]
-    """(sums, partial, row scales, those scales, column scales in shared memory) -> sums."""
-    column_tiles: bool
-    """Whether b, too, is scaled by 1x128 tiles, whose scales come into shared memory with it."""
-    skip_empty: bool
-    """Whether a tile that sums over nothing is left undefined, rather than set to zero."""
+    block_scale: Callable[..., Array] | None
+    """(b_scales_ref, Work, block) -> the scale of a 128x128 block of b; None where b has a scale for each of its rows
+    in each block, which comes into shared memory with it."""
 
 
 def scaled_product(
@@ -76,100 +73,109 @@ def scaled_product(
     interpret: Any = None,
 ) -> Array:
     """Run a problem; `index` is what its `work` reads, `total` is added to. Operands are [..., rows, k]."""
-    stages, cluster = config.stages, config.cluster
+    if config.cols != TILE:
+        raise ValueError(f"cols={config.cols}: FP8 products are cut into tiles of {TILE} columns, the width of a scale")
     groups, row_tiles, col_tiles = problem.grid
-    pairs = (row_tiles, pl.cdiv(col_tiles, cluster))
-    store = Store(config.cols, config.cols // problem.chunks, out.dtype)
+    chunk = _CHUNK if problem.block_scale is None else TILE
+    width = min(TILE, _STORED_BYTES // jnp.dtype(out.dtype).itemsize)
+    store = Store(TILE, chunk, out.dtype, out.shape[-1], width, slots=1)
     add = total is not None and interpret is None  # the interpreter cannot add on the way to global memory
 
     def body(index_ref, a_ref, as_ref, b_ref, bs_ref, out_ref, a_s, b_s, as_s, bs_s, out_s, full, empty):
-        wg = lax.axis_index("wg")
+        wg, stages = lax.axis_index("wg"), jnp.int32(config.stages)
 
-        def for_each_tile(f: Callable[[Work], None]) -> None:
-            @plgpu.nd_loop((groups, pairs[0] * pairs[1]), collective_axes="sm")
-            def _(info):
+        def for_each_tile(f: Callable[[Work, Array], None]) -> Array:
+            """Calls f with the blocks of all tiles before this one; returns how many there are in all."""
+
+            @plgpu.nd_loop((groups, row_tiles * col_tiles), collective_axes="sm", init_carry=jnp.int32(0))
+            def blocks(info, carry):
                 group, tile = info.index
-                row, pair = walk(tile, pairs, config.band)
-                col = pair * cluster + lax.axis_index("cluster") if cluster > 1 else pair
-                f(problem.work(index_ref, group, row, col))
+                work = problem.work(index_ref, group, *walk(tile, (row_tiles, col_tiles), config.band))
+                f(work, carry)
+                return carry + work.count
 
-        def slot_of(i: Array) -> Array:
-            """Every tile starts with the first slot."""
-            return lax.rem(i, jnp.int32(stages))
+            return blocks
 
-        def load_tile(work):
-            rows, cols = pl.ds(work.row, config.rows), pl.ds(work.col, config.cols)
+        def wait_until_empty(step: Array) -> None:
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[lax.rem(step, stages)]))
+
+        def load_tile(work: Work, before: Array) -> None:
+            rows, cols = pl.ds(work.row, config.rows), pl.ds(work.col, TILE)
             b_of = b_ref.at[work.group] if b.ndim == 3 else b_ref
 
             @pl.loop(0, work.count)
             def _(i):
-                block, slot = work.first + i, slot_of(i)
+                block, slot = work.first + i, lax.rem(before + i, stages)
                 ks = pl.ds(block * TILE, TILE)
-                plgpu.barrier_wait(empty.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    a_ref.at[rows, ks], a_s.at[slot], full.at[slot], collective_axes="cluster" if cluster > 1 else None
-                )
+                wait_until_empty(before + i)
+                plgpu.copy_gmem_to_smem(a_ref.at[rows, ks], a_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(b_of.at[cols, ks], b_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(as_ref.at[block, rows], as_s.at[slot], full.at[slot])
-                if problem.column_tiles:
+                if problem.block_scale is None:
                     plgpu.copy_gmem_to_smem(bs_ref.at[block, cols], bs_s.at[slot], full.at[slot])
 
-        def compute_tile(work):
+        def produce() -> None:
+            blocks = for_each_tile(load_tile)
+            pl.loop(0, config.stages)(lambda i: wait_until_empty(blocks + i))
+
+        def compute_tile(work: Work, before: Array) -> None:
             mine = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
+            def scale_of(i: Array) -> Array | None:
+                return problem.block_scale and problem.block_scale(bs_ref, work, work.first + i)
+
             def step(i, carry):
-                sums, scales = carry
-                slot = slot_of(i)
-                following = problem.scales(bs_ref, work, work.first + lax.min(i + 1, work.count - 1))
+                sums, scale = carry
+                slot = lax.rem(before + i, stages)
+                following = scale_of(lax.min(i + 1, jnp.int32(work.count - 1)))
+                # Nothing may come between the fresh accumulator and its product: the compiler would put a fence there.
+                plgpu.barrier_wait(full.at[slot])
+                row_scale = plgpu.load(as_s.at[slot, mine], layout=plgpu.Layout.WGMMA.reduce(1))
 
                 def product(partial_ref):
-                    plgpu.barrier_wait(full.at[slot])
-                    row_scale = plgpu.load(as_s.at[slot, mine], layout=plgpu.Layout.WGMMA.reduce(1))
                     plgpu.wgmma(partial_ref, a_s.at[slot, mine], b_s.at[slot].transpose((1, 0)))
-                    return partial_ref[...], row_scale
+                    return partial_ref[...]
 
-                partial, row_scale = pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, config.cols), jnp.float32))
-                if problem.column_tiles:
-                    sums = problem.promote(sums, partial, row_scale, bs_s.at[slot])
+                partial = pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, TILE), jnp.float32))
+                if scale is None:
+                    sums = _promote_tiles(sums, partial, row_scale, bs_s.at[slot])
                     plgpu.barrier_arrive(empty.at[slot])
                 else:
                     plgpu.barrier_arrive(empty.at[slot])
-                    sums = problem.promote(sums, partial, row_scale, scales)
+                    sums = [sums[0] + partial * lax.broadcast_in_dim(row_scale * scale, partial.shape, [0])]
                 return sums, following
 
-            carry = (_zeros(config, problem.chunks), problem.scales(bs_ref, work, work.first))
-            sums, _ = lax.fori_loop(0, work.count, step, carry)
+            zeros = jnp.zeros((WARPGROUP_ROWS, chunk), jnp.float32)
+            zeros = [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(TILE // chunk)]
+            sums, _ = lax.fori_loop(0, work.count, step, (zeros, scale_of(jnp.int32(0))))
             out_of = out_ref.at[work.group] if len(out.shape) == 3 else out_ref
+            row = work.row + wg * WARPGROUP_ROWS
 
             def write() -> None:
-                store(sums, out_s.at[wg], out_of, work.row + wg * WARPGROUP_ROWS, work.col, add)
+                store(sums, out_s.at[wg], out_of, row, work.col, add)
 
-            pl.when(work.count > 0)(write) if problem.skip_empty else write()
+            write() if work.end is None else pl.when(row < work.end)(write)
 
-        producer_and_consumers(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
+        producer_and_consumers(config, produce, lambda: for_each_tile(compute_tile))
 
-    arrivals = 4 if problem.column_tiles else 3
-    clustered = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
+    arrivals = 4 if problem.block_scale is None else 3
     run = plgpu.kernel(
         body,
         out_type=() if add else out,
         scratch_types=[
-            operand((stages, config.rows, TILE), E4M3),
-            operand((stages, config.cols, TILE), E4M3),
-            plgpu.SMEM((stages, config.rows), jnp.float32),
-            plgpu.SMEM((stages, config.cols) if problem.column_tiles else (1, 32), jnp.float32),
+            operand((config.stages, config.rows, TILE), E4M3),
+            operand((config.stages, TILE, TILE), E4M3),
+            plgpu.SMEM((config.stages, config.rows), jnp.float32),
+            plgpu.SMEM((config.stages if problem.block_scale is None else 1, TILE), jnp.float32),
             store.scratch(config.warpgroups),
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=config.warpgroups, num_barriers=stages)
-            if cluster > 1
-            else plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ],
-        grid=(num_sms // cluster,),
+        grid=(num_sms,),
         grid_names=("sm",),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **clustered,
         **({} if interpret is None else {"interpret": interpret}),
     )
     operands = (index, a, a_scales, b, b_scales)
@@ -181,6 +187,12 @@ def scaled_product(
     return jax.freeze(sums)
 
 
-def _zeros(config: Config, chunks: int) -> list[Array]:
-    zeros = jnp.zeros((WARPGROUP_ROWS, config.cols // chunks), jnp.float32)
-    return [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(chunks)]
+def _promote_tiles(sums: list[Array], partial: Array, row_scale: Array, col_scales_ref: Any) -> list[Array]:
+    """Sums plus a partial sum scaled by row and column; column scales are read chunk by chunk to save registers."""
+    promoted = []
+    for i, total in enumerate(sums):
+        cols = slice(i * _CHUNK, (i + 1) * _CHUNK)
+        col_scale = plgpu.load(col_scales_ref.at[cols], layout=plgpu.Layout.WGMMA.reduce(0))
+        scaled = partial[:, cols] * lax.broadcast_in_dim(row_scale, total.shape, [0])
+        promoted.append(total + scaled * lax.broadcast_in_dim(col_scale, total.shape, [1]))
+    return promoted

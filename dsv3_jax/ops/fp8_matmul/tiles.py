@@ -25,8 +25,8 @@ def config_for(kind: Kind, m: int, n: int, k: int) -> Config:
     found = _tuned().get(f"{kind} {m} {n} {k}")
     if found is not None:
         return Config(**found)
-    # A group's rows begin at multiples of 128. Three warpgroups hide promotion best; two waste less of a small result.
-    return Config(rows=128) if kind == "grouped_matmul" or m < 2 * 192 else Config(rows=192)
+    # Three warpgroups hide promotion best; two waste less of a small result.
+    return Config(rows=128) if m < 2 * 192 else Config(rows=192)
 
 
 @functools.cache

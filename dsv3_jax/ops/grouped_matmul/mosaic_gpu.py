@@ -82,9 +82,9 @@ def grouped_product(
             sums = _sum(multiply, jnp.int32(k // _STEP), config, full, empty)
             store([sums], out_s.at[wg], out_ref, mi * _ROWS + wg * WARPGROUP_ROWS, ni * config.cols)
 
-        producer_and_consumers(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
+        _run(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
 
-    store = Store(config.cols, config.cols, x.dtype)
+    store = Store(config.cols, config.cols, x.dtype, n, width=64, slots=2)
     w_shape = (config.cols, _STEP) if transposed else (_STEP, config.cols)
     run = _kernel(
         body,
@@ -141,9 +141,9 @@ def grouped_wgrad(
             sums = _sum(multiply, count, config, full, empty)
             store([sums], out_s.at[wg], out_ref.at[group], mi * _ROWS + wg * WARPGROUP_ROWS, ni * config.cols)
 
-        producer_and_consumers(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
+        _run(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
 
-    store = Store(config.cols, config.cols, jnp.float32)
+    store = Store(config.cols, config.cols, jnp.float32, n, width=32, slots=2)
     run = _kernel(
         body,
         jax.ShapeDtypeStruct((groups, m, n), jnp.float32),
@@ -154,6 +154,22 @@ def grouped_wgrad(
         interpret,
     )
     return run(bounds, x, dy)
+
+
+def _run(config: Config, empty: Any, produce: Callable[[], None], consume: Callable[[], None]) -> None:
+    """Every slot starts out empty, and the producer stays until all are again."""
+
+    def fill() -> None:
+        produce()
+        for slot in range(config.stages):
+            plgpu.barrier_wait(empty.at[slot])
+
+    def use() -> None:
+        for slot in range(config.stages):
+            plgpu.barrier_arrive(empty.at[slot])
+        consume()
+
+    producer_and_consumers(config, fill, use)
 
 
 def _fill(load: Callable, count: Array, stages: int, empty: Any) -> None:
