@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -40,6 +41,12 @@ class Config:
 
 
 Implementation = Literal["reference", "mosaic_gpu"]
+
+
+def lowered_once(*static: str) -> Callable:
+    """A decorator for what launches a kernel: a program that calls it many times with operands of one shape holds, and
+    compiles, it once. `static` names the arguments that are no arrays."""
+    return partial(jax.jit, static_argnames=static)
 
 
 def takes_kernel(implementation: Implementation | None, what: str, *refusals: str | None) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from dsv3_jax.ops.quantize import TILE, Blocked, quantize_blocks
+from dsv3_jax.ops.quantize import TILE, Blocked, blocked, quantize_blocks
 from dsv3_jax.ops.weights import Params
 from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
 
@@ -66,7 +66,7 @@ class Sharding:
         if self.zero_dim is None:
             return jax.tree.map(self.gather, blocks)
         values = self.gather(blocks.values)
-        return Blocked(values, jnp.swapaxes(values, -1, -2), self.gather(blocks.scales))
+        return blocked(values, jnp.swapaxes(values, -1, -2), self.gather(blocks.scales))
 
     def _cuts_blocks(self, shard: tuple[int, ...]) -> bool:
         return self.zero_dim is not None and self.zero_dim >= self.ndim - 2 and shard[self.zero_dim] % TILE != 0

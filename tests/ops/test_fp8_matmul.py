@@ -94,14 +94,14 @@ def test_grouped_products_are_those_of_each_tile_with_its_groups_weight():
 def test_blockwise_kernel_is_the_reference(config):
     x, w = quantize_rows(normal(0, 200, 384)), quantize_blocks(normal(1, 384, 336).astype(jnp.float32))
     run = {"config": config, "num_sms": 2, "interpret": INTERPRET}
-    y = mosaic_gpu.matmul(x.values, x.scales, w.transposed, w.scales, scales_by_k=True, **run)
+    y = mosaic_gpu.matmul(x.values, x.scales, w.transposed, w.transposed_scales, **run)
     assert calc_diff(y, reference.matmul(x, w)) < BAR
 
 
 def test_blockwise_kernel_of_a_transposed_weight_is_the_reference():
     dy, w = quantize_rows(normal(0, 136, 256)), quantize_blocks(normal(1, 144, 256).astype(jnp.float32))
     run = {"config": Config(128, stages=2), "num_sms": 2, "interpret": INTERPRET}
-    dx = mosaic_gpu.matmul(dy.values, dy.scales, w.values, w.scales, scales_by_k=False, dtype=jnp.float32, **run)
+    dx = mosaic_gpu.matmul(dy.values, dy.scales, w.values, w.scales, dtype=jnp.float32, **run)
     assert calc_diff(dx, reference.matmul_transposed(dy, w)) < 1e-9
 
 
@@ -113,8 +113,7 @@ def test_grouped_kernel_is_the_reference_on_tiles_that_have_rows(rows):
         x.values,
         x.scales,
         w.transposed,
-        w.scales,
-        scales_by_k=True,
+        w.transposed_scales,
         tile_group=tile_group,
         config=Config(rows, stages=2),
         num_sms=2,
@@ -143,10 +142,10 @@ def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens():
 def test_kernels_lower_for_every_linear_of_the_671b_model():
     f8, f32 = jnp.float8_e4m3fn, jnp.float32
     for n, k in SHAPES_671B.values():
-        shapes = [(4096, k), (-(-k // 128), 4096), (n, k), (-(-k // 128), -(-n // 128))]
+        shapes = [(4096, k), (-(-k // 128), 4096), (n, k), (-(-n // 128), -(-k // 128))]
         avals = [jax.ShapeDtypeStruct(shape, f8 if i % 2 == 0 else f32) for i, shape in enumerate(shapes)]
         config = config_for("matmul", 4096, n, k)
-        run = jax.jit(lambda *operands, config=config: mosaic_gpu.matmul(*operands, scales_by_k=True, config=config))
+        run = jax.jit(lambda *operands, config=config: mosaic_gpu.matmul(*operands, config=config))
         run.trace(*avals).lower(lowering_platforms=("cuda",))
 
 

@@ -13,8 +13,8 @@ from dsv3_jax.ops.fp8_matmul import api, study
 from dsv3_jax.ops.fp8_matmul.study import Accumulator
 from dsv3_jax.ops.quantize import (
     TILE,
-    Blocked,
     Tiled,
+    blocked,
     dequantize,
     dequantize_blocks,
     quantize_blocks,
@@ -68,10 +68,10 @@ def whole_numbers(rng, rows, k):
     return Tiled(values, jnp.exp2(jnp.asarray(rng.integers(-3, 4, (-(-k // TILE), rows)), jnp.float32)))
 
 
-def blocked(q):
+def rows_as_weight(q):
     """The operand q, [n, k], as the transposed layout of a weight whose blocks all have the first row's scales."""
     scales = q.scales[:, :1]
-    return Blocked(q.values.T, q.values, scales), Tiled(q.values, jnp.broadcast_to(scales, q.scales.shape))
+    return blocked(q.values.T, q.values, scales), Tiled(q.values, jnp.broadcast_to(scales, q.scales.shape))
 
 
 def error(got, exact):
@@ -86,9 +86,9 @@ def normal(seed, *shape):
 @given(st.integers(0, 2**32 - 1), accumulators, st.sampled_from([64, 128, 200, 640]))
 def test_dense_products_are_those_of_a_slow_simulation(seed, accumulator, k):
     rng = np.random.default_rng(seed)
-    a, (weight, b) = whole_numbers(rng, 3, k), blocked(whole_numbers(rng, 5, k))
+    a, (weight, b) = whole_numbers(rng, 3, k), rows_as_weight(whole_numbers(rng, 5, k))
     expected = slow_product(a, b, accumulator)
-    as_read_backward = Blocked(weight.transposed, weight.values, weight.scales.T)
+    as_read_backward = blocked(weight.transposed, weight.values, weight.scales.T)
 
     @jax.jit  # of arguments: constants would be folded, slowly
     def products(a, b, weight, as_read_backward):

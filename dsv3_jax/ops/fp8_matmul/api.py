@@ -22,7 +22,7 @@ def fp8_matmul(
 ) -> Float[Array, "rows n"]:
     """x @ weight: the forward product."""
     if _takes_kernel(implementation, x.values, weight.transposed):
-        return _blockwise(x, weight.transposed, weight.scales, True, dtype)
+        return _blockwise(x, weight.transposed, weight.transposed_scales, dtype)
     return reference.matmul(x, weight).astype(dtype)
 
 
@@ -31,7 +31,7 @@ def fp8_matmul_transposed(
 ) -> Float[Array, "rows k"]:
     """dy @ weight^T: the gradient of the input."""
     if _takes_kernel(implementation, dy.values, weight.values):
-        return _blockwise(dy, weight.values, weight.scales, False, dtype)
+        return _blockwise(dy, weight.values, weight.scales, dtype)
     return reference.matmul_transposed(dy, weight).astype(dtype)
 
 
@@ -57,7 +57,7 @@ def fp8_grouped_matmul(
 ) -> Float[Array, "rows n"]:
     """Each tile of rows times the weight of its group."""
     if _takes_kernel(implementation, x.values, weight.transposed, x.values.shape[0] // tile_group.shape[0]):
-        return _blockwise(x, weight.transposed, weight.scales, True, dtype, tile_group)
+        return _blockwise(x, weight.transposed, weight.transposed_scales, dtype, tile_group)
     return reference.grouped_matmul(x, weight, tile_group).astype(dtype)
 
 
@@ -70,7 +70,7 @@ def fp8_grouped_matmul_transposed(
 ) -> Float[Array, "rows k"]:
     """Each tile of rows times the transposed weight of its group: the gradient of the rows."""
     if _takes_kernel(implementation, dy.values, weight.values, dy.values.shape[0] // tile_group.shape[0]):
-        return _blockwise(dy, weight.values, weight.scales, False, dtype, tile_group)
+        return _blockwise(dy, weight.values, weight.scales, dtype, tile_group)
     return reference.grouped_matmul_transposed(dy, weight, tile_group).astype(dtype)
 
 
@@ -106,7 +106,6 @@ def _blockwise(
     x: Tiled,
     b: Array,
     scales: Array,
-    scales_by_k: bool,
     dtype: jnp.dtype,
     tile_group: Int[Array, " tiles"] | None = None,
 ) -> Array:
@@ -116,7 +115,6 @@ def _blockwise(
         x.scales,
         _whole_tiles(b),
         scales,
-        scales_by_k=scales_by_k,
         config=config_for("matmul" if tile_group is None else "grouped_matmul", *shape),
         tile_group=tile_group,
         dtype=dtype,

@@ -38,8 +38,8 @@ def expected(problem: Problem, given: dict[str, Array]) -> Array:
     if problem[0] == "wgrad":
         return a @ dequantize(Tiled(given["b"], given["b_scales"])).T
     n = given["b"].shape[-2]
-    scales = jnp.repeat(jnp.repeat(given["b_scales"], TILE, -2), TILE, -1)[..., :n]
-    b = given["b"].astype(jnp.float32) * jnp.swapaxes(scales, -1, -2)
+    scales = jnp.repeat(jnp.repeat(given["b_scales"], TILE, -2)[..., :n, :], TILE, -1)
+    b = given["b"].astype(jnp.float32) * scales
     if problem[0] == "matmul":
         return a @ b.T
     return jnp.einsum("gmk,gnk->gmn", a.reshape(GROUPS, -1, a.shape[1]), b).reshape(a.shape[0], n)

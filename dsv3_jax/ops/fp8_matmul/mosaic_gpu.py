@@ -9,26 +9,27 @@ from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 from dsv3_jax.ops.fp8_matmul.scaled_product import Problem, Work, scaled_product
-from dsv3_jax.ops.hopper import Config
+from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, lowered_once
 from dsv3_jax.ops.quantize.formats import TILE
 
 
+@lowered_once("config", "dtype", "num_sms", "interpret")
 def matmul(
     a: Float8e4m3fn[Array, "m k"],
     a_scales: Float[Array, "k_tiles m"],
     b: Float8e4m3fn[Array, "*groups n k"],
-    b_scales: Float[Array, "*groups x y"],
+    b_scales: Float[Array, "*groups n_blocks k_blocks"],
     *,
-    scales_by_k: bool,
     config: Config,
     tile_group: Int[Array, " tiles"] | None = None,
     dtype: jnp.dtype = jnp.bfloat16,
     num_sms: int = 132,
     interpret: Any = None,
 ) -> Float[Array, "m n"]:
-    """a @ b^T, where b has one scale a 128x128 block: `b_scales` are [k_blocks, n_blocks], or the reverse unless
-    `scales_by_k`. With `tile_group`, each tile of 128 rows meets the b of its group; tiles of no group (the number of
-    groups) come last, and their rows are left undefined.
+    """a @ b^T, where b has one scale a 128x128 block.
+
+    With `tile_group`, each tile of 128 rows meets the b of its group; tiles of no group (the number of groups) come
+    last, and their rows are left undefined.
     """
     m, k = a.shape
     n = b.shape[-2]
@@ -40,12 +41,11 @@ def matmul(
     def grouped_work(tiles_ref: Any, _: Array, row: Array, col: Array) -> Work:
         first, end, group = (tiles_ref[i, row] for i in range(3))
         count = lax.select(first < end, jnp.int32(k_blocks), jnp.int32(0))
-        return Work(first, col * TILE, group, jnp.int32(0), count, end)
+        return Work(first * WARPGROUP_ROWS, col * TILE, group, jnp.int32(0), count, end * WARPGROUP_ROWS)
 
     def block_scale(scales_ref: Any, work: Work, k_block: Array) -> Array:
         of_group = scales_ref.at[work.group] if b.ndim == 3 else scales_ref
-        n_block = lax.div(work.col, jnp.int32(TILE))
-        return of_group[k_block, n_block] if scales_by_k else of_group[n_block, k_block]
+        return of_group[lax.div(work.col, jnp.int32(TILE)), k_block]
 
     grouped = tile_group is not None
     index = _row_tiles(tile_group, b.shape[0], config.rows) if grouped else jnp.zeros(1, jnp.int32)
@@ -55,6 +55,7 @@ def matmul(
     return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, num_sms=num_sms, interpret=interpret)
 
 
+@lowered_once("config", "num_sms", "interpret")
 def wgrad(
     a: Float8e4m3fn[Array, "m tokens"],
     a_scales: Float[Array, "tiles m"],
@@ -90,12 +91,14 @@ def wgrad(
 def _row_tiles(tile_group: Int[Array, " tiles"], groups: int, rows: int) -> Int[Array, "3 row_tiles"]:
     """First row, end of the group and group of every tile of `rows` rows, of groups that begin at multiples of 128.
 
-    A group's last tile may reach into the next group. Tiles that are left over end where they begin.
+    Rows are counted in warpgroups' 64, which shows the compiler that they are multiples of it. A group's last tile may
+    reach into the next group. Tiles that are left over end where they begin.
     """
-    bounds = jnp.searchsorted(tile_group, jnp.arange(groups + 1)).astype(jnp.int32) * TILE
+    rows = rows // WARPGROUP_ROWS
+    bounds = jnp.searchsorted(tile_group, jnp.arange(groups + 1)).astype(jnp.int32) * (TILE // WARPGROUP_ROWS)
     tiles = -(-(bounds[1:] - bounds[:-1]) // rows)
     ends = jnp.cumsum(tiles)
-    tile = jnp.arange(pl.cdiv(tile_group.shape[0] * TILE, rows) + groups, dtype=jnp.int32)
+    tile = jnp.arange(pl.cdiv(tile_group.shape[0] * TILE // WARPGROUP_ROWS, rows) + groups, dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), groups - 1).astype(jnp.int32)
     first = bounds[group] + (tile - (ends - tiles)[group]) * rows
     return jnp.stack([jnp.minimum(first, bounds[group + 1]), bounds[group + 1], group])

@@ -87,10 +87,12 @@ def scaled_product(
         def for_each_tile(f: Callable[[Work, Array], None]) -> Array:
             """Calls f with the blocks of all tiles before this one; returns how many there are in all."""
 
-            @plgpu.nd_loop((groups, row_tiles * col_tiles), collective_axes="sm", init_carry=jnp.int32(0))
+            tiles = (row_tiles * col_tiles,) if groups == 1 else (groups, row_tiles * col_tiles)
+
+            @plgpu.nd_loop(tiles, collective_axes="sm", init_carry=jnp.int32(0))
             def blocks(info, carry):
-                group, tile = info.index
-                work = problem.work(index_ref, group, *walk(tile, (row_tiles, col_tiles), config.band))
+                group = jnp.int32(0) if groups == 1 else info.index[0]
+                work = problem.work(index_ref, group, *walk(info.index[-1], (row_tiles, col_tiles), config.band))
                 f(work, carry)
                 return carry + work.count
 

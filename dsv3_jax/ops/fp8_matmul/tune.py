@@ -48,7 +48,7 @@ def product(kind: Kind, config: Config) -> Callable[..., Array]:
     """The kernel of a kind, of the operands that `operands` makes."""
     if kind == "wgrad":
         return partial(mosaic_gpu.wgrad, config=config)
-    return partial(mosaic_gpu.matmul, scales_by_k=True, config=config)
+    return partial(mosaic_gpu.matmul, config=config)
 
 
 def operands(problem: Problem, seed: int) -> dict[str, Array]:
@@ -57,7 +57,7 @@ def operands(problem: Problem, seed: int) -> dict[str, Array]:
     keys = iter(jax.random.split(jax.random.key(seed), 4))
     tiles = -(-k // TILE)
     groups = (GROUPS,) if kind == "grouped_matmul" else ()
-    b_scales = (tiles, n) if kind == "wgrad" else (*groups, tiles, -(-n // TILE))
+    b_scales = (tiles, n) if kind == "wgrad" else (*groups, -(-n // TILE), tiles)
     found = {
         "a": values(next(keys), (m, k)),
         "a_scales": jax.random.uniform(next(keys), (tiles, m), minval=0.5, maxval=1.5),

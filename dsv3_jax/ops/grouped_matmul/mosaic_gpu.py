@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, operand, producer_and_consumers, walk
+from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, lowered_once, operand, producer_and_consumers, walk
 
 DEFAULT = Config(rows=128, cols=256)
 _STEP = 64
@@ -35,6 +35,7 @@ def unsupported(x: Array, weight: Array, tile_group: Array) -> str | None:
     return None
 
 
+@lowered_once("transposed", "config", "num_sms", "interpret")
 def grouped_product(
     x: Float[Array, "m k"],
     weight: Float[Array, "groups k n"],
@@ -98,6 +99,7 @@ def grouped_product(
     return run(tile_group, x, weight)
 
 
+@lowered_once("config", "num_sms", "interpret")
 def grouped_wgrad(
     x: Float[Array, "rows m"],
     dy: Float[Array, "rows n"],

@@ -10,7 +10,7 @@ from dsv3_jax.ops.quantize.api import (
     swiglu_quantize,
     swiglu_quantize_backward,
 )
-from dsv3_jax.ops.quantize.formats import E4M3, TILE, Blocked, SwiGLUBackward, Tiled
+from dsv3_jax.ops.quantize.formats import E4M3, TILE, Blocked, SwiGLUBackward, Tiled, blocked
 from dsv3_jax.ops.quantize.reference import dequantize, dequantize_blocks, dequantize_e5m6, quantize_e5m6
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Blocked",
     "SwiGLUBackward",
     "Tiled",
+    "blocked",
     "dequantize",
     "dequantize_blocks",
     "dequantize_e5m6",

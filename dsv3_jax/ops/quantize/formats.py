@@ -31,12 +31,23 @@ class Blocked:
     """A weight in 128x128 blocks, in both layouts: w[i, j] ~ values[i, j] * scales[i // 128, j // 128].
 
     `transposed` is the same matrix with its last two axes exchanged, since FP8 products reduce the last axis of both
-    operands: the forward pass reads `transposed`, the gradient of the input `values`.
+    operands: the forward pass reads `transposed`, the gradient of the input `values`. The scales come in both layouts
+    for the same reason: a kernel reads them along the reduction.
     """
 
     values: Float8e4m3fn[Array, "*groups k n"]
     transposed: Float8e4m3fn[Array, "*groups n k"]
     scales: Float[Array, "*groups k_blocks n_blocks"]
+    transposed_scales: Float[Array, "*groups n_blocks k_blocks"]
+
+
+def blocked(
+    values: Float8e4m3fn[Array, "*groups k n"],
+    transposed: Float8e4m3fn[Array, "*groups n k"],
+    scales: Float[Array, "*groups k_blocks n_blocks"],
+) -> Blocked:
+    """A `Blocked` of values in both layouts and scales in one."""
+    return Blocked(values, transposed, scales, jnp.swapaxes(scales, -1, -2))
 
 
 @jax.tree_util.register_dataclass

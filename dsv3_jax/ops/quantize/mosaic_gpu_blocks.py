@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv3_jax.ops.quantize.formats import E4M3, TILE, Blocked
+from dsv3_jax.ops.hopper import lowered_once
+from dsv3_jax.ops.quantize.formats import E4M3, TILE, Blocked, blocked
 from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     COLUMNS,
     HALF,
@@ -33,6 +34,7 @@ SINGLE = plgpu.Layout.TILED(
 """LAYOUT with registers of one element, as float32 must be read through a transposing view."""
 
 
+@lowered_once("blocks", "interpret")
 def quantize_blocks(
     weight: Float[Array, "*groups k n"],
     *,
@@ -104,7 +106,7 @@ def quantize_blocks(
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ],
     )
-    return Blocked(
+    return blocked(
         values.reshape(*groups, k, n),
         transposed.reshape(*groups, n, k),
         scales.reshape(*groups, k_blocks, n_blocks),

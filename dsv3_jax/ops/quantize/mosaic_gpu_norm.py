@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
+from dsv3_jax.ops.hopper import lowered_once
 from dsv3_jax.ops.quantize.formats import E4M3, TILE, Tiled
 from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import MULTIPROCESSORS, launch, quantize_tile
 
@@ -31,6 +32,7 @@ def _chunk(d: int) -> int:
     return max(n for n in (2, 4) if d // TILE % n == 0)
 
 
+@lowered_once("eps", "blocks", "interpret")
 def rms_norm_quantize(
     x: BFloat16[Array, "rows d"],
     gain: Float[Array, " d"],

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
+from dsv3_jax.ops.hopper import lowered_once
 from dsv3_jax.ops.quantize.formats import TILE, Tiled
 from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     HALF,
@@ -26,6 +27,7 @@ from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
 APPROXIMATE = plgpu.CompilerParams(approx_math=True)
 
 
+@lowered_once("blocks", "interpret")
 def swiglu_quantize(
     hidden: BFloat16[Array, "rows two_ff"],
     weights: Float[Array, " rows"] | None,

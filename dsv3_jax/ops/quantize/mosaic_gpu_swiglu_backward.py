@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
+from dsv3_jax.ops.hopper import lowered_once
 from dsv3_jax.ops.quantize.formats import E4M3, TILE, SwiGLUBackward, Tiled
 from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     HALF,
@@ -28,6 +29,7 @@ CHUNK = 16
 """Columns whose intermediate results are in registers at once."""
 
 
+@lowered_once("blocks", "interpret")
 def swiglu_quantize_backward(
     hidden: Tiled,
     d_out: BFloat16[Array, "rows ff"],

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16
 
+from dsv3_jax.ops.hopper import lowered_once
 from dsv3_jax.ops.quantize.formats import E4M3, TILE, Tiled
 from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     COLUMNS,
@@ -24,6 +25,7 @@ from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
 )
 
 
+@lowered_once("along_rows", "along_columns", "power_of_2", "blocks", "interpret")
 def quantize(
     x: BFloat16[Array, "rows k"],
     *,
@@ -83,6 +85,7 @@ def quantize(
     return tuple(tiled(*pair) for pair in zip(outputs[::2], outputs[1::2], strict=True))
 
 
+@lowered_once("blocks", "interpret")
 def retile(x: Tiled, *, blocks: int = 2 * MULTIPROCESSORS, interpret: plgpu.InterpretGPUParams | None = None) -> Tiled:
     """From tiles along the features to tiles along the rows, transposed.
 

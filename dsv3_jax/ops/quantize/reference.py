@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16
 
-from dsv3_jax.ops.quantize.formats import E4M3, TILE, Blocked, SwiGLUBackward, Tiled
+from dsv3_jax.ops.quantize.formats import E4M3, TILE, Blocked, SwiGLUBackward, Tiled, blocked
 
 E4M3_MAX = 448.0
 E5M6_MAX = 65024.0
@@ -75,7 +75,7 @@ def quantize_blocks(weight: Float[Array, "*groups k n"]) -> Blocked:
     scale, inverse = scale_and_inverse(largest_magnitude(blocks, (-3, -1)), E4M3_MAX, power_of_2=False)
     values = _to_e4m3(blocks * inverse[..., :, None, :, None])
     values = values.reshape(*groups, blocks.shape[-4] * TILE, -1)[..., :k, :n]
-    return Blocked(values, jnp.swapaxes(values, -1, -2), scale)
+    return blocked(values, jnp.swapaxes(values, -1, -2), scale)
 
 
 def dequantize(x: Tiled) -> Float[Array, "rows k"]:
