@@ -10,9 +10,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from dsv3_jax.launch.processes import Place
 
 # XLA's CPU backend asks for and returns large buffers in every step. Large pages, and memory that stays with the
 # process, spare it most page faults: a training step is about twice as fast.
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error))
     except (RuntimeError, ValueError) as error:
         # Their classes live in modules that are not imported before they are needed.
-        if type(error).__name__ in ("TrainingError", "CheckpointError"):
+        if type(error).__name__ in ("TrainingError", "CheckpointError", "LaunchError"):
             return _fail(str(error))
         raise
     except KeyboardInterrupt:
@@ -128,7 +131,18 @@ def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
     if arguments.config is None:
         return _without_config("train", settings)
     config = override(load_config(arguments.config), settings, f"dsv3 train {arguments.config}")
-    _prepare_process(config)
+    _prepare_process()
+    from dsv3_jax.launch.processes import find_place, joined
+
+    place = find_place()
+    with joined(config, place):
+        _prepare_jax(config, place)
+        _train_here(config)
+    return 0
+
+
+def _train_here(config: Config) -> None:
+    """This process's part of a run."""
     from rich.console import Console
 
     from dsv3_jax.train.finish import finish
@@ -138,7 +152,6 @@ def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
     run = train(config, console)
     if not run.interrupted:
         finish(config, run, console)
-    return 0
 
 
 def _plan(arguments: argparse.Namespace, settings: list[str]) -> int:
@@ -204,15 +217,26 @@ def _plan_options() -> str:
     return "On a cluster:\n" + "".join(f"  {option:12} {text}\n" for option, text in PLAN_OPTIONS.items())
 
 
-def _prepare_process(config: Config) -> None:
-    """What has to be set before jax is first used: memory, and emulated devices."""
+def _prepare_process() -> None:
+    """The memory's settings, which have to be there when the process starts."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": MALLOC})
+
+
+def _prepare_jax(config: Config, place: "Place | None") -> None:
+    """What has to be set before jax first uses its devices: how many are emulated. Process 0 alone logs all."""
     import jax
 
-    if config.parallel.devices is not None:
+    count, devices = place.count if place else 1, config.parallel.devices
+    if devices is not None:
+        if devices % count:
+            raise ConfigError(f"parallel.devices={devices}: must be a multiple of the {count} processes")
         # Only the CPU backend reads this.
-        jax.config.update("jax_num_cpu_devices", config.parallel.devices)
+        jax.config.update("jax_num_cpu_devices", devices // count)
+    if place is not None and place.index:
+        logging.getLogger("dsv3_jax").setLevel(logging.ERROR)
+        # Each process meets other documents.
+        logging.getLogger("dsv3_jax.data").setLevel(logging.WARNING)
 
 
 def _report_unraisable(report: "sys.UnraisableHookArgs") -> None:

@@ -209,9 +209,13 @@ class DataConfig:
     """Rows shuffled among each other, since consecutive rows often come from one document; 1 keeps their order."""
     validation_share: float = 0.02
     """Share of documents held out, chosen by a hash of their content."""
+    streams: int | None = None
+    """Streams that documents are dealt to, and processes read. The rows of a run depend on their number alone, so that
+    it can go on with any number of processes that divides it. None is one a process, or as many as before."""
 
     def __post_init__(self) -> None:
         _require(self.shuffle_rows > 0, "data.shuffle_rows", self.shuffle_rows, "must be positive; 1 keeps the order")
+        _require(self.streams is None or self.streams > 0, "data.streams", self.streams, "must be positive")
         _require(bool(self.source), "data.source", self.source, "name a folder, a file, or 'stdlib'")
         for name in ("fim_rate", "split_rate"):
             value = getattr(self, name)
@@ -385,10 +389,12 @@ class ParallelConfig:
     gpu: int | None = None
     """GPUs of a node that share its experts: the fast link. None takes all the devices that `data` and `node` leave."""
     devices: int | None = None
-    """Devices to use; on CPU they are emulated by the command line. None takes all there are."""
+    """Devices to use, over all processes; on CPU they are emulated by the command line. None takes all there are."""
     expert_buffer_factor: float = 2.0
     """Rows a device can receive in the expert exchange, over a balanced load. A step that needs more is run again with
     a larger buffer."""
+    start_timeout: float = 50.0
+    """Seconds that the processes of a run wait for one another at its start."""
 
     def __post_init__(self) -> None:
         for name in ("data", "node", "gpu", "devices"):
@@ -400,6 +406,7 @@ class ParallelConfig:
             self.expert_buffer_factor,
             "a balanced load needs a factor of at least 1",
         )
+        _require(self.start_timeout > 0, "parallel.start_timeout", self.start_timeout, "must be positive")
 
     def shape(self, devices: int) -> dict[str, int]:
         """The size of each mesh axis on this many devices; raises ConfigError where they do not divide."""

@@ -58,7 +58,8 @@ def published(tmp_path_factory):
 def error_of(capsys, monkeypatch):
     """Runs a command that must be refused; returns what it says, as one line."""
     # The tests have set up the process already.
-    monkeypatch.setattr(cli, "_prepare_process", lambda config: None)
+    monkeypatch.setattr(cli, "_prepare_process", lambda: None)
+    monkeypatch.setattr(cli, "_prepare_jax", lambda config, place: None)
 
     def run(*argv):
         try:

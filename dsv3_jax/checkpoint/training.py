@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from dsv3_jax.config import CheckpointConfig, Config, ConfigError, to_dict
 from dsv3_jax.ops.weights import Params
+from dsv3_jax.parallel.agreement import all_processes
 from dsv3_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,15 @@ class Checkpoints:
         self.folder = Path(output_dir).expanduser().absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if not all(all_processes(self.folder.is_dir())):
+            raise ConfigError(
+                f"output_dir={str(output_dir)!r}: not every process sees the folder that process 0 made; put it on a "
+                "filesystem that all hosts share"
+            )
+        # Each process reads by itself: one that cannot must not leave the others waiting inside.
+        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        reading = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+        self._reader = ocp.CheckpointManager(self.folder, options=reading)
 
     def steps(self) -> list[int]:
         """Steps that were saved, newest first."""
@@ -63,15 +73,20 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in steps:
+            found = error = None
             try:
-                return self._restore(step, config, abstract)
+                found = self._restore(step, config, abstract)
             except ConfigError:
                 raise
             # Any other failure to read means the same: use the one before.
-            except Exception as error:
-                if _is_out_of_memory(error):
+            except Exception as caught:
+                if _is_out_of_memory(caught):
                     raise
-                self._report_unreadable(step, error, set_aside)
+                error = " ".join(str(caught).split())[:300]
+            errors = [e for e in all_processes(error) if e is not None]
+            if not errors:
+                return found
+            self._report_unreadable(step, errors[0], set_aside)
         if steps:
             raise ConfigError(
                 f"none of the {len(steps)} checkpoints in {self.folder} reads back: use another output_dir"
@@ -79,7 +94,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, config: Config, abstract: TrainState) -> Restored:
-        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        saved = self._reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
         _check_same_model(saved, config, self.folder / str(step))
         keeps_average = config.optimizer.ema_decay is not None
         items = {
@@ -88,11 +103,10 @@ class Checkpoints:
         }
         if keeps_average and (self.folder / str(step) / "average").exists():
             items["average"] = ocp.args.StandardRestore(abstract.params)
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        found = self._reader.restore(step, args=ocp.args.Composite(**items))
         return Restored(step, found.state, found.get("average"), found.progress)
 
-    def _report_unreadable(self, step: int, error: Exception, set_aside: bool) -> None:
-        reason = " ".join(str(error).split())[:300]
+    def _report_unreadable(self, step: int, reason: str, set_aside: bool) -> None:
         target = self.folder.parent / "unreadable" / f"{step}"
         moved = f"moved to {target}, " if set_aside else ""
         broken = self.folder / str(step)
@@ -106,6 +120,7 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(broken, target)
+        all_processes("moved")
         self._manager.reload()
 
     def wait(self) -> None:

@@ -20,6 +20,7 @@ READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _SETTINGS = {
     "seq_len": "batch.seq_len",
     "shuffle_rows": "data.shuffle_rows",
+    "streams": "data.streams",
     "documents": "number of documents in data.source",
     "vocab_size": "size of data.tokenizer",
 }
@@ -70,17 +71,17 @@ def train_rows(
     *,
     seq_len: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    stream: int = 0,
+    streams: int = 1,
 ) -> TrainRows:
-    """Endless int32 rows of `seq_len` tokens of the training documents, for one process out of `process_count`.
+    """Endless int32 rows of `seq_len` tokens of the training documents, as one of so many streams.
 
-    Each epoch shuffles all documents anew; a process takes every `process_count`-th of them, packs them without loss
+    Each epoch shuffles all documents anew; a stream takes every `streams`-th of them, packs them without loss
     and lets the end of an epoch flow into the next. Rows are then shuffled within windows. FIM and splitting depend on
     seed, epoch and document alone.
 
     Raises:
-        ConfigError: the seed is out of range, or this process has no document to train on.
+        ConfigError: the seed is out of range, or this stream has no document to train on.
     """
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed}: must lie between 0 and 2**32 - 1")
@@ -92,27 +93,28 @@ def train_rows(
         return document_tokens(text, data, tokenizer, splits, rng)
 
     documents = grain.MapDataset.source(source).random_map(tokens, seed=seed).shuffle(seed=seed)
-    documents = documents[process_index::process_count]
+    documents = documents[stream::streams]
     if all(documents[i] is None for i in range(len(documents))):
         raise ConfigError(
-            f"data.source={data.source!r}: process {process_index} of {process_count} finds nothing to train on among "
-            f"{len(source)} documents ({len(source.bad_documents)} are bad); give more, or lower data.validation_share"
+            f"data.source={data.source!r}: stream {stream} of {streams} finds nothing to train on among "
+            f"{len(source)} documents ({len(source.bad_documents)} are bad); give more, or lower data.streams or "
+            "data.validation_share"
         )
     rows = PackRows(documents.repeat().to_iter_dataset(READ_AHEAD), seq_len)
     if data.shuffle_rows > 1:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=data.shuffle_rows, seed=seed)
     # A thread fills the next window while the devices train on this one; the state is still that of the rows delivered.
     rows = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=data.shuffle_rows)
-    stream = {
+    origin = {
         "seq_len": seq_len,
         "seed": seed,
         "shuffle_rows": data.shuffle_rows,
-        "process_index": process_index,
-        "process_count": process_count,
+        "stream": stream,
+        "streams": streams,
         "documents": len(source),
         "vocab_size": tokenizer.vocab_size,
     }
-    return TrainRows(iter(rows), stream)
+    return TrainRows(iter(rows), origin)
 
 
 def validation_rows(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -11,14 +12,15 @@ from rich.console import Console
 
 from dsv3_jax.checkpoint.pretrained import PretrainedModel
 from dsv3_jax.config import Config
-from dsv3_jax.data.pipeline import train_rows
 from dsv3_jax.evaluate.bigram import fit_bigram
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.ops.weights import Params, cast_for_inference
+from dsv3_jax.parallel.agreement import all_processes
 from dsv3_jax.parallel.mesh import batch_axes
-from dsv3_jax.train.loop import Finished, Text
+from dsv3_jax.train.loop import Finished
 from dsv3_jax.train.pictures import draw_curves, draw_expert_load
 from dsv3_jax.train.step import make_evaluation
+from dsv3_jax.train.text import Text, open_stream
 
 # More rows than this say nothing new about a bigram.
 _BIGRAM_TOKENS = 50_000_000
@@ -37,7 +39,7 @@ def finish(config: Config, run: Finished, console: Console) -> dict[str, float |
         "validation_loss_of_average": None
         if run.average is None
         else validation_loss(config, run, run.average.params()),
-        "bad_documents": len(text.source.bad_documents),
+        "bad_documents": len(set(chain(*all_processes(list(text.source.bad_documents))))),
     }
     sample = _sample(config, run) if config.log.sample_tokens else None
     if jax.process_index() == 0:
@@ -78,26 +80,24 @@ def bits_per_byte(loss: float, text: Text) -> float:
 
 def _bigram(config: Config, run: Finished) -> dict[str, float | int]:
     """An interpolated bigram fitted on the rows that process 0 trained on, and scored on the held-out ones."""
-    again = train_rows(
-        config.data,
-        run.text.source,
-        run.text.tokenizer,
-        seq_len=config.batch.seq_len,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    count = min(run.rows_taken, _BIGRAM_TOKENS // config.batch.seq_len)
-    rows = np.stack([next(again) for _ in range(count)])
-    loss = fit_bigram(rows, config.model.vocab_size).loss(run.text.validation)
-    return {"bigram_loss": loss, "bigram_bits_per_byte": bits_per_byte(loss, run.text), "bigram_tokens": rows.size}
+    text, streams = run.text, run.text.streams
+    count = min(run.rows_taken, _BIGRAM_TOKENS // config.batch.seq_len // len(streams.mine))
+    rows = []
+    for number in streams.mine:
+        again = open_stream(config, text.source, text.tokenizer, number, streams.count)
+        rows += [next(again) for _ in range(count)]
+    rows = np.stack(rows)
+    loss = fit_bigram(rows, config.model.vocab_size).loss(text.validation)
+    return {"bigram_loss": loss, "bigram_bits_per_byte": bits_per_byte(loss, text), "bigram_tokens": rows.size}
 
 
-def _sample(config: Config, run: Finished) -> dict[str, str]:
-    """A completion of the beginning of a held-out row."""
+def _sample(config: Config, run: Finished) -> dict[str, str] | None:
+    """A completion of the beginning of a held-out row, in process 0; the others give their part of the weights."""
     everywhere = NamedSharding(run.mesh, PartitionSpec())
     cast = jax.jit(lambda p: cast_for_inference(p, config.precision), out_shardings=everywhere)
     params, bias = jax.device_get((cast(run.state.params), run.state.router_bias))
+    if jax.process_index() != 0:
+        return None
     model = PretrainedModel(config.model, params, bias)
     prompt = run.text.validation[:1, : min(_PROMPT_TOKENS, config.batch.seq_len // 2)]
     new_tokens = min(config.log.sample_tokens, config.model.max_length - prompt.shape[1])

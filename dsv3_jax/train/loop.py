@@ -1,36 +1,32 @@
 """The training loop: data, steps, checkpoints, signals, and the report of every step."""
 
-import json
 import logging
 import signal
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from rich.console import Console
 
 from dsv3_jax.checkpoint.training import Checkpoints, Restored
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.data.pipeline import TrainRows, train_rows, validation_rows
-from dsv3_jax.data.sources import Source, open_source
-from dsv3_jax.data.tokenizer import Tokenizer, load_or_train
+from dsv3_jax.parallel.agreement import any_process
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.batches import Batches
 from dsv3_jax.train.ema import HostAverage
 from dsv3_jax.train.loss import LossWeights
-from dsv3_jax.train.report import Reporter
+from dsv3_jax.train.report import NoReporter, Reporter
 from dsv3_jax.train.schedules import bias_update_speed, learning_rate, mtp_weight
 from dsv3_jax.train.state import TrainState, abstract_state, init_state
 from dsv3_jax.train.step import Knobs, Step, StepReport, make_step
+from dsv3_jax.train.text import Text, open_text
 from dsv3_jax.train.throughput import Throughput, measure_throughput
 
 logger = logging.getLogger(__name__)
@@ -42,17 +38,6 @@ class TrainingError(RuntimeError):
     """The run cannot go on; the message says why and what to change."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """Where the tokens of a run come from."""
-
-    source: Source
-    tokenizer: Tokenizer
-    rows: TrainRows
-    validation: Int[np.ndarray, "rows seq"]
-    validation_bytes: int
-
-
 @dataclass
 class Progress:
     """What a run has to remember besides arrays."""
@@ -60,13 +45,13 @@ class Progress:
     step: int = 0
     tokens: int = 0
     rows: int = 0
-    """Rows that this process has taken from the data."""
+    """Rows that each stream of the data has given."""
     bad_steps: int = 0
     """Steps in a row that were not finite."""
     device_seconds: float = 0.0
     buffer_factor: float = 0.0
     data: list[dict[str, Any]] = field(default_factory=list)
-    """The data iterator's state, by process."""
+    """The data iterator's state, by stream."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +64,7 @@ class Finished:
     mesh: Mesh
     progress: Progress
     rows_taken: int
-    """Rows that this process has trained on."""
+    """Rows that each stream of the data has given."""
     interrupted: bool
 
 
@@ -96,38 +81,14 @@ def train(config: Config, console: Console | None = None) -> Finished:
                 f"output_dir={config.output_dir!r}: already holds a run at step {checkpoints.steps()[0]}; continue it "
                 "with resume=auto, or choose another folder"
             )
-        text = open_text(config)
         restored = checkpoints.restore_newest(config, abstract_state(config, mesh))
+        text = open_text(config, mesh, restored and len(restored.progress["data"]))
         run = _Run(config, mesh, text, checkpoints, restored)
         resumed = None if restored is None else restored.step
         with _Stop() as stop, _reporter(config, resumed, console) as reporter:
             reporter.message(_opening(config, mesh, text, resumed))
             interrupted = run.take_steps(stop, reporter)
     return Finished(run.state, run.average, text, mesh, run.progress, run.batches.rows_taken, interrupted)
-
-
-def open_text(config: Config) -> Text:
-    """Source, tokenizer, this process's rows, and the held-out rows."""
-    source = open_source(config.data)
-    tokenizer = load_or_train(config.data, source, config.model.vocab_size)
-    seq_len = config.batch.seq_len
-    validation, num_bytes = validation_rows(
-        config.data, source, tokenizer, seq_len=seq_len, count=config.log.validation_rows
-    )
-    rows = train_rows(
-        config.data,
-        source,
-        tokenizer,
-        seq_len=seq_len,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    if jax.process_index() == 0:
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.bpe.save(str(folder / "tokenizer.json"))
-    return Text(source, tokenizer, rows, validation, num_bytes)
 
 
 class _Run:
@@ -149,23 +110,17 @@ class _Run:
             start = self.state.params if restored.average is None else restored.average
             self.average = HostAverage(start, decay) if decay else None
             self._restore_data()
-        self.batches = Batches(text.rows, config.batch, mesh, self.progress.rows)
+        self.batches = Batches(text.streams, config.batch, mesh, self.progress.rows)
         self.throughput.tokens = self.progress.tokens
         self.throughput.device_seconds = self.progress.device_seconds
         self._steps: dict[float, Step] = {}
 
-    def take_steps(self, stop: "_Stop", reporter: Reporter) -> bool:
+    def take_steps(self, stop: "_Stop", reporter: Reporter | NoReporter) -> bool:
         """Run to the last step, or until told to stop; returns whether it was."""
         first = self.progress.step
         while self.progress.step < self.config.steps:
-            with_profile = self.config.profile and self.progress.step - first == _PROFILED_STEPS[0]
-            if with_profile:
-                jax.profiler.start_trace(self.config.output_dir + "/profile", create_perfetto_trace=True)
-            row = self._take_step()
-            if self.config.profile and self.progress.step - first == _PROFILED_STEPS[1]:
-                jax.profiler.stop_trace()
-                reporter.message(f"profile of three steps in {self.config.output_dir}/profile")
-            reporter.record(row)
+            self._profile(self.progress.step - first, reporter)
+            reporter.record(self._take_step())
             self._refuse_endless_failure()
             interrupted = stop.requested()
             if interrupted or self._save_is_due():
@@ -173,7 +128,18 @@ class _Run:
             if interrupted:
                 reporter.message(f"stopped by SIGTERM after step {self.progress.step}; continue with --resume auto")
                 return True
+        self._profile(self.progress.step - first, reporter)
         return False
+
+    def _profile(self, steps: int, reporter: Reporter | NoReporter) -> None:
+        """Start and stop the trace, in process 0, after so many steps of this start."""
+        if not self.config.profile or jax.process_index() != 0:
+            return
+        if steps == _PROFILED_STEPS[0]:
+            jax.profiler.start_trace(self.config.output_dir + "/profile", create_perfetto_trace=True)
+        elif steps == _PROFILED_STEPS[1]:
+            jax.profiler.stop_trace()
+            reporter.message(f"profile of three steps in {self.config.output_dir}/profile")
 
     def _take_step(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
@@ -224,19 +190,16 @@ class _Run:
         return step % self.config.checkpoint.every == 0 or step == self.config.steps
 
     def _save(self) -> None:
-        self.progress.data = _all_processes(self.batches.state)
+        self.progress.data = self.batches.states()
         self.progress.rows = self.batches.rows_taken
         average = None if self.average is None else self.average.params()
         self.checkpoints.save(self.progress.step, self.config, self.state, average, asdict(self.progress))
 
     def _restore_data(self) -> None:
         states = self.progress.data
-        if len(states) != jax.process_count():
-            raise ConfigError(
-                f"the checkpoint was made by {len(states)} processes, and there are {jax.process_count()}: each reads "
-                "its own documents, so resume with as many"
-            )
-        self.text.rows.set_state(states[jax.process_index()])
+        for number, rows in self.text.streams.mine.items():
+            # A number that is not there belongs to other settings, which every stream's state names.
+            rows.set_state(states[min(number, len(states) - 1)])
 
 
 class _Stop:
@@ -257,9 +220,7 @@ class _Stop:
 
     def requested(self) -> bool:
         """True in every process once it is in one."""
-        if jax.process_count() == 1:
-            return self._asked
-        return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
+        return any_process(self._asked)
 
 
 def _knobs(config: Config, tokens: int) -> tuple[Knobs, dict[str, float]]:
@@ -304,24 +265,8 @@ def _row(progress: Progress, report: StepReport, shown: dict[str, float], timing
     return {**row, "timing": timing}
 
 
-def _all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every process's iterator state, in every process."""
-    if jax.process_count() == 1:
-        return [state]
-    text = json.dumps(state).encode()
-    padded = np.zeros(4096, np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    gathered = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row).rstrip(b"\0")) for row in gathered]
-
-
-def _reporter(config: Config, resumed: int | None, console: Console | None) -> Reporter:
-    """Reports in process 0; elsewhere into a folder of the process's own, without a terminal."""
-    if jax.process_index() == 0:
-        return Reporter(config, resumed, console=console)
-    quiet = replace(config.log, tensorboard=False, wandb_project=None)
-    folder = f"{config.output_dir}/process-{jax.process_index()}"
-    return Reporter(replace(config, output_dir=folder, log=quiet), resumed, console=Console(quiet=True))
+def _reporter(config: Config, resumed: int | None, console: Console | None) -> Reporter | NoReporter:
+    return Reporter(config, resumed, console=console) if jax.process_index() == 0 else NoReporter()
 
 
 def _opening(config: Config, mesh: Mesh, text: Text, resumed: int | None) -> str:

@@ -229,6 +229,22 @@ class Reporter:
         self._sinks.append(lambda step, named: run.log(named))
 
 
+class NoReporter:
+    """Takes the place of a `Reporter` in the processes other than 0, and reports nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Process 0 reports the step."""
+
+    def message(self, text: str) -> None:
+        """Process 0 prints the line."""
+
+
 def _import_wandb(project: str | None) -> Callable[..., Any] | None:
     if project is None:
         return None

@@ -65,7 +65,7 @@ def test_processes_share_an_epoch_and_treat_a_document_as_one_process_would(data
     data = dataclasses.replace(data, validation_share=1e-9)  # holds out none, so the size of a share is known
 
     def epoch(index, count):
-        rows = train_rows(data, source, tokenizer, seq_len=32, seed=1, process_index=index, process_count=count)
+        rows = train_rows(data, source, tokenizer, seq_len=32, seed=1, stream=index, streams=count)
         return [tuple(ids) for ids in _documents(rows, tokenizer, len(range(index, len(source), count)))]
 
     shares = [epoch(index, process_count) for index in range(process_count)]
@@ -105,8 +105,8 @@ def test_a_restored_iterator_continues_exactly(data, source, tokenizer, position
 
 def test_a_state_of_another_stream_is_refused_by_name(data, source, tokenizer):
     saved = train_rows(data, source, tokenizer, seq_len=32, seed=0).get_state()
-    with pytest.raises(ValueError, match=r"'process_count': 1.*'process_count': 2"):
-        train_rows(data, source, tokenizer, seq_len=32, seed=0, process_count=2).set_state(saved)
+    with pytest.raises(ValueError, match=r"'data.streams': 1.*'data.streams': 2"):
+        train_rows(data, source, tokenizer, seq_len=32, seed=0, streams=2).set_state(saved)
 
 
 def test_bad_documents_are_counted_and_the_rest_trained_on(tmp_path, tokenizer):
@@ -126,8 +126,8 @@ def test_nothing_to_train_on_is_an_error_instead_of_an_endless_search(tmp_path, 
     for empty in (bad, Source([])):
         with pytest.raises(ConfigError, match="nothing to train on"):
             train_rows(data, empty, tokenizer, seq_len=16, seed=0)
-    with pytest.raises(ConfigError, match="process 70 of 80"):
-        train_rows(data, source, tokenizer, seq_len=16, seed=0, process_index=70, process_count=80)
+    with pytest.raises(ConfigError, match="stream 70 of 80"):
+        train_rows(data, source, tokenizer, seq_len=16, seed=0, stream=70, streams=80)
     with pytest.raises(ConfigError, match="seed=-1"):
         train_rows(data, source, tokenizer, seq_len=16, seed=-1)
 

@@ -1,0 +1,40 @@
+"""What all processes of a run have to know alike. Every process calls these, in the same order."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def all_processes(value: Any) -> list[Any]:
+    """Every process's value, by process; values are what JSON can hold."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def local_part(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> tuple[int, int]:
+    """(part, parts) of a dimension that this process's devices hold together: part 1 of 4 is its second quarter.
+
+    Several processes may hold the same part. Raises ValueError where what they hold is not one of equal parts.
+    """
+    slices = [index[dim].indices(shape[dim])[:2] for index in sharding.addressable_devices_indices_map(shape).values()]
+    start, stop = min(a for a, _ in slices), max(b for _, b in slices)
+    size = stop - start
+    held = sum(b - a for a, b in set(slices))
+    if shape[dim] % size or start % size or held != size:
+        raise ValueError(f"the devices of a process hold {sorted(set(slices))} of {shape[dim]}: not one of equal parts")
+    return start // size, shape[dim] // size
