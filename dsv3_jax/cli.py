@@ -1,4 +1,4 @@
-"""The command line: `dsv3 train | generate | plan | convert`.
+"""The command line: `dsv3 train | launch | generate | plan | convert`.
 
 Nothing heavy is imported before it is needed, so that `dsv3 --help` answers at once.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.launch.command import add_launchers, launch
+from dsv3_jax.launch.training import LaunchError, Training
 
 if TYPE_CHECKING:
     from dsv3_jax.launch.processes import Place
@@ -23,6 +25,8 @@ MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.mall
 
 _SETTINGS_HELP = """Settings follow the config file: --steps 40 --output-dir DIR --checkpoint.every 10 --resume auto
 --optimizer.peak-lr 3e-4. `dsv3 {command} CONFIG --help` lists them all."""
+
+_STOPPED_HELP = "--stopped-status N  exit status of a run that SIGTERM stopped, after it has saved (default 0)\n"
 
 PLAN_OPTIONS = {
     "--mesh": "sizes of pipe, data, node and gpu: pipe=16,data=2,node=8,gpu=8; from parallel where it is left out",
@@ -48,9 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments, rest)
     except (ConfigError, FileNotFoundError, FileExistsError) as error:
         return _fail(str(error))
+    except LaunchError as error:
+        return _fail(str(error), status=1)
     except (RuntimeError, ValueError) as error:
         # Their classes live in modules that are not imported before they are needed.
-        if type(error).__name__ in ("TrainingError", "CheckpointError", "LaunchError"):
+        if type(error).__name__ in ("TrainingError", "CheckpointError"):
             return _fail(str(error))
         raise
     except KeyboardInterrupt:
@@ -66,13 +72,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, takes_settings=takes_settings)
         return sub
 
-    train = command("train", _train, "train a model", True, add_help=False)
+    train = command("train", _train, "train a model", True, add_help=False, allow_abbrev=False)
     train.add_argument("config", nargs="?", help="a config file, such as configs/tiny.py")
+    train.add_argument("--stopped-status", type=int, default=0)
     about = "print parameters, FLOPs and memory of a config; on a cluster, also its timeline and cost"
     plan = command("plan", _plan, about, True, add_help=False, allow_abbrev=False)
     plan.add_argument("config", nargs="?", help="a config file, such as configs/v3_671b.py")
     for option, help_text in PLAN_OPTIONS.items():
         plan.add_argument(option, help=help_text, action="store_true" if option == "--search" else "store")
+
+    about = "train on many machines, or in many processes on this one"
+    add_launchers(command("launch", _launch, about, True, allow_abbrev=False))
 
     generate = command("generate", _generate, "continue a text with a trained or a published model")
     generate.add_argument("folder", help="output folder of a run, or a folder in the public DeepSeek-V3 layout")
@@ -130,6 +140,8 @@ def override(config: Config, settings: list[str], prog: str) -> Config:
 def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
     if arguments.config is None:
         return _without_config("train", settings)
+    if {"-h", "--help"} & set(settings):
+        print(_STOPPED_HELP)
     config = override(load_config(arguments.config), settings, f"dsv3 train {arguments.config}")
     _prepare_process()
     from dsv3_jax.launch.processes import find_place, joined
@@ -137,12 +149,12 @@ def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
     place = find_place()
     with joined(config, place):
         _prepare_jax(config, place)
-        _train_here(config)
-    return 0
+        finished = _train_here(config)
+    return 0 if finished else arguments.stopped_status
 
 
-def _train_here(config: Config) -> None:
-    """This process's part of a run."""
+def _train_here(config: Config) -> bool:
+    """This process's part of a run; returns whether it has come to its end."""
     from rich.console import Console
 
     from dsv3_jax.train.finish import finish
@@ -152,6 +164,12 @@ def _train_here(config: Config) -> None:
     run = train(config, console)
     if not run.interrupted:
         finish(config, run, console)
+    return not run.interrupted
+
+
+def _launch(arguments: argparse.Namespace, settings: list[str]) -> int:
+    config = override(load_config(arguments.config), settings, f"dsv3 launch {arguments.launcher} {arguments.config}")
+    return launch(arguments, Training(arguments.config, tuple(settings), config))
 
 
 def _plan(arguments: argparse.Namespace, settings: list[str]) -> int:
@@ -207,8 +225,7 @@ def _without_config(command: str, settings: list[str]) -> int:
     if not {"-h", "--help"} & set(settings):
         raise ConfigError(f"dsv3 {command} needs a config file; the shipped ones are in configs/")
     print(f"usage: dsv3 {command} CONFIG [settings]\n\n{_SETTINGS_HELP.format(command=command)}")
-    if command == "plan":
-        print(f"\n{_plan_options()}", end="")
+    print(f"\n{_plan_options() if command == 'plan' else _STOPPED_HELP}", end="")
     return 0
 
 

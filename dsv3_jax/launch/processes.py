@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dsv3_jax.config import Config, ConfigError, to_dict
-from dsv3_jax.launch.watch import LaunchError, Member, Watch, cannot_listen, unreachable
+from dsv3_jax.launch.training import LaunchError
+from dsv3_jax.launch.watch import Member, Watch, cannot_listen, unreachable
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 """How plain processes are told their place."""
@@ -113,10 +114,12 @@ def joined(config: Config, place: Place | None) -> Iterator[None]:
         _initialize(place, host, config.parallel.start_timeout)
         yield
     except BaseException as error:
+        cause = str(error)
         if not _is_own_fault(error):
             # Another's death reaches this one as a broken collective too: leave it to the watch to say so.
             time.sleep(_VERDICT_SECONDS)
-        watch.report(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+            cause = f"{type(error).__name__}: {error}"
+        watch.report(" ".join(cause.split())[:500] or "interrupted")
         _end(error)
     watch.finish()
     jax.distributed.shutdown()
@@ -139,7 +142,7 @@ def _end(error: BaseException) -> None:
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if _is_own_fault(error) else 1)
+    os._exit(2 if _is_own_fault(error) and not isinstance(error, LaunchError) else 1)
 
 
 def fingerprint(config: Config) -> str:

@@ -15,14 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_jax.launch.training import LaunchError
+
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 40.0
 """A process that says nothing for so long is dead: a minute in all, with what it takes to tell the others."""
 _RETRY_SECONDS = 0.2
-
-
-class LaunchError(RuntimeError):
-    """The processes of a run did not find one another, or one of them is gone; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,7 @@ class _Coordinator:
         self._member, self._failed = member, failed
         self._hosts = {0: member.host}
         self._connections: dict[int, _Connection] = {}
+        self._misfit: str | None = None
         self._done: set[int] = set()
         self._all_here, self._all_done = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task] = set()
@@ -139,6 +138,9 @@ class _Coordinator:
             )
             await self._tell_all(stop=sentence)
             raise LaunchError(sentence) from None
+        if self._misfit:
+            await self._tell_all(stop=self._misfit)
+            raise LaunchError(self._misfit)
         hosts = [self._hosts[i] for i in range(self._member.count)]
         await self._tell_all(go=hosts)
         return hosts
@@ -178,11 +180,12 @@ class _Coordinator:
                 "every run a coordinator port of its own"
             )
         if hello.get("settings") != self._member.settings:
-            return (
+            self._misfit = (
                 f"process {index} on host {host} has other settings than process 0 on host {self._member.host}: start "
                 "all with the same config file and the same settings"
             )
-        return None
+            self._all_here.set()
+        return self._misfit
 
     async def _listen(self, index: int, connection: _Connection) -> None:
         try:
@@ -279,7 +282,7 @@ def unreachable(address: str, here: str, error: Exception) -> str:
     if isinstance(error, socket.gaierror):
         check = f"the name {host} does not resolve there; add it to the name service or to /etc/hosts"
     elif isinstance(error, ConnectionRefusedError):
-        check = f"nothing listens at port {port}; look whether process 0 runs on {host} and for its own error"
+        check = f"nothing listens at port {port}, or a firewall refuses it; look whether process 0 runs on {host}"
     else:
         check = f"no answer; check that no firewall between the hosts closes port {port}"
     return f"the coordinator {address} cannot be reached from host {here}: {check}"
