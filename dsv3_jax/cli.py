@@ -237,7 +237,7 @@ def _plan_options() -> str:
 def _prepare_process() -> None:
     """The memory's settings, which have to be there when the process starts."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": MALLOC})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": MALLOC})
 
 
 def _prepare_jax(config: Config, place: "Place | None") -> None:

@@ -32,6 +32,12 @@ def make_mesh(config: Config) -> Mesh:
             "line does"
         )
     devices = there[: wanted or len(there)]
+    idle = {device.process_index for device in there} - {device.process_index for device in devices}
+    if idle:
+        raise ConfigError(
+            f"parallel.devices={wanted}: leaves process {min(idle)} of {jax.process_count()} without a device; start "
+            f"fewer processes, or use all {len(there)} devices"
+        )
     shape = config.parallel.shape(len(devices))
     _check_divides(config, shape)
     grid = np.asarray(devices).reshape(tuple(shape.values()))

@@ -64,12 +64,11 @@ def open_stream(config: Config, source: Source, tokenizer: Tokenizer, number: in
 
 def _open_tokenizer(config: Config, source: Source) -> Tokenizer:
     """Process 0 comes first, and leaves one that it has trained in the cache."""
-    opened = None
-    for turn in ("first", "others"):
-        if (jax.process_index() == 0) == (turn == "first"):
-            opened = load_or_train(config.data, source, config.model.vocab_size)
-        digest = opened and blake2b(opened.bpe.to_str().encode(), digest_size=16).hexdigest()
-        found = all_processes([len(source), digest])
+    load = partial(load_or_train, config.data, source, config.model.vocab_size)
+    opened = load() if jax.process_index() == 0 else None
+    all_processes("process 0 is ready")
+    opened = opened or load()
+    found = all_processes([len(source), blake2b(opened.bpe.to_str().encode(), digest_size=16).hexdigest()])
     for process, (documents, digest) in enumerate(found):
         if [documents, digest] != found[0]:
             raise ConfigError(

@@ -67,7 +67,7 @@ class Cluster:
         return done.stdout
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster():
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
