@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 400
+STEPS = 300
 CONFIG = """
 from dsv3_jax.config import *
 
@@ -62,7 +62,7 @@ def launch(environment, *arguments):
 
 def test_requeued_job_ends_with_the_metrics_of_an_uninterrupted_one(cluster, config_file, tmp_path):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = cluster.environment | cache | {"JAX_PLATFORMS": "cpu"}
+    environment = cluster.environment | cache | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     whole, output = tmp_path / "whole", tmp_path / "run"
     launch(environment, "local", "--processes", 2, config_file, "--output-dir", whole)
 
@@ -85,16 +85,16 @@ def test_requeued_job_ends_with_the_metrics_of_an_uninterrupted_one(cluster, con
         return log.exists() and log.read_text().count("; steps to") >= times
 
     # As before the time limit: the run saves, exits, and the script puts the job back into the queue.
-    cluster.wait_for(lambda: reaches(1), "the job never trains", 200)
+    cluster.wait_for(lambda: reaches(1), "the job never trains", 400)
     cluster.run("scancel", "--signal=TERM", job)
-    cluster.wait_for(lambda: starts(2), "the job does not come back", 200)
+    cluster.wait_for(lambda: starts(2), "the job does not come back", 400)
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", log.read_text())[1])
     assert f"steps to {STEPS}, from step {stopped}" in log.read_text()
 
     # As at a preemption, or by an administrator: SLURM kills the job and puts it back itself.
-    cluster.wait_for(lambda: reaches(stopped + 50), "the job does not go on", 200)
+    cluster.wait_for(lambda: reaches(stopped + 50), "the job does not go on", 400)
     cluster.run("scontrol", "requeue", job)
-    cluster.wait_for(lambda: starts(3), "the job does not come back", 200)
+    cluster.wait_for(lambda: starts(3), "the job does not come back", 400)
     cluster.wait_for(lambda: state() == "COMPLETED", f"the job does not end: {os.fspath(log)}", 300)
 
     assert rows(output) == rows(whole)
