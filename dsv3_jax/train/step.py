@@ -18,6 +18,7 @@ from dsv3_jax.ops.quantize import E4M3
 from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import FP8Weight, Params, attach_slots, gradient_slots, weight_type
 from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
+from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange, most_nodes
 from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
 from dsv3_jax.parallel.sharding import Sharding, param_shardings
 from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_loss
@@ -85,13 +86,16 @@ def make_evaluation(config: Config, mesh: Mesh) -> Evaluation:
     return jax.jit(evaluate)
 
 
-def exchange_for(mesh: Mesh, buffer_factor: float) -> Exchange:
+def exchange_for(config: Config, mesh: Mesh, buffer_factor: float) -> Exchange:
     """The expert exchange of a mesh; nothing is exchanged where every device has all experts."""
+    experts, batch = expert_axes(mesh), batch_axes(mesh)
     if mesh.size == 1:
         return LocalExchange()
-    if not expert_axes(mesh):
-        return ReplicatedExperts(batch_axes(mesh))
-    return FlatExchange(expert_axes(mesh), batch_axes(mesh), buffer_factor)
+    if not experts:
+        return ReplicatedExperts(batch)
+    if len(experts) == 1 or config.parallel.exchange == "flat":
+        return FlatExchange(experts, batch, buffer_factor)
+    return HierarchicalExchange(*experts, batch, most_nodes(config.model, mesh.shape["node"]), buffer_factor)
 
 
 def _device_step(
@@ -108,7 +112,7 @@ def _device_step(
     compute = _compute_weights(config, shardings, state.params, recipe)
     axes = batch_axes(mesh)
     router_bias, loss_weights = _vary_all((state.router_bias, knobs.loss), axes)
-    exchange = exchange_for(mesh, buffer_factor)
+    exchange = exchange_for(config, mesh, buffer_factor)
 
     def loss(slots: Params, rows: Int[Array, "batch seq"]) -> tuple[Array, LossReport]:
         model = nnx.merge(graphdef, attach_slots(compute, slots))
@@ -205,7 +209,7 @@ def _device_evaluation(
     graphdef, shapes = model_structure(config.model)
     compute = _compute_weights(config, param_shardings(shapes, mesh), params, Recipe())
     # A device may receive any load here: evaluation has no second try.
-    exchange = exchange_for(mesh, buffer_factor=float(mesh.size * config.model.num_experts))
+    exchange = exchange_for(config, mesh, buffer_factor=float(mesh.size * config.model.num_experts))
     model = nnx.merge(graphdef, compute)
     axes = batch_axes(mesh)
     loss = held_out_loss(model, tokens, row_weights, _vary_all(router_bias, axes), exchange)

@@ -12,7 +12,7 @@ from dsv3_jax.ops.grouped_matmul import grouped_matmul
 from dsv3_jax.ops.linear import quantize_input
 from dsv3_jax.ops.quantize import TILE, quantize_blocks
 from dsv3_jax.ops.weights import FP8Weight
-from dsv3_jax.parallel.expert import FlatExchange, buffer_rows
+from dsv3_jax.parallel.expert import FlatExchange
 
 DEVICES, TOKENS, TOP_K, EXPERTS, D, D_FF = 8, 12, 3, 16, 8, 6
 AXES = ("node", "gpu")
@@ -71,12 +71,6 @@ def test_output_and_gradients_equal_those_of_one_device(both, kind):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)  # noqa: E731
     jax.tree.map(compare, gradients, expected_gradients)
-
-
-def test_buffer_is_never_larger_than_what_can_arrive():
-    assert buffer_rows(100, 4, 16, 2, 1.0) == 400
-    assert buffer_rows(100, 4, 16, 2, 1e6) == 8 * 100 * 2
-    assert buffer_rows(100, 4, 16, 8, 1e6) == 2 * 100 * 4
 
 
 def fp8_loss_of(exchange):
