@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.moe import MoE, select_experts
 from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange, most_nodes
 from dsv3_jax.parallel.mesh import vary_over
+from dsv3_jax.parallel.traffic import rows_sent_flat, rows_sent_hierarchical
 
 AXES = ("node", "gpu")
 MESHES = [(2, 4), (4, 2)]
@@ -121,3 +124,78 @@ def reference():
 @pytest.mark.parametrize("kind", BIAS)
 def test_outputs_and_gradients_equal_the_dense_layers(compiled, reference, kind):
     assert_equal(MODEL, compiled, reference, ROWS, SEQ, BIAS[kind])
+
+
+small = st.tuples(st.integers(1, 3), st.integers(1, 5), st.sampled_from(MESHES), st.integers(0, 2**31))
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(small, st.data())
+def test_any_sizes_equal_the_dense_layer(sizes, data):
+    per_device, seq, shape, seed = sizes
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    reachable = data.draw(st.integers(1, groups))
+    per_group = 8 * data.draw(st.integers(1, 2)) // groups
+    model = ModelConfig(
+        d_model=4, d_ff_expert=data.draw(st.integers(1, 5)), num_experts=groups * per_group, num_groups=groups,
+        top_k_groups=reachable, top_k=data.draw(st.integers(1, min(6, reachable * per_group))), init_std=0.5,
+    )  # fmt: skip
+    bias = np.random.default_rng(seed).uniform(-0.2, 0.2, model.num_experts)
+    assert_equal(model, hierarchical(model, shape), dense(model), 8 * per_device, seq, bias, seed)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_rows_sent_are_those_counted_from_the_routing(shape):
+    experts = np.concatenate([select(BIAS[kind], seed) for seed, kind in enumerate(BIAS)])
+    experts = np.random.default_rng(0).permutation(experts)  # so that every device has tokens of each kind
+
+    def device(experts):
+        route, overflow = exchange_on(shape, MODEL).route(experts, MODEL.num_experts, None)
+        sent = {hop.axis: to_others(hop) for hop in (route.across, route.within)}
+        return jax.tree.map(lambda x: x[None, None], (sent, overflow))
+
+    spec = PartitionSpec(AXES)
+    run = jax.shard_map(device, mesh=mesh_of(shape), in_specs=spec, out_specs=PartitionSpec(*AXES))
+    sent, overflow = jax.jit(run)(experts)
+    assert not np.asarray(overflow).any()
+    by_device = experts.reshape(*shape, -1, MODEL.top_k)
+    counted = rows_sent_hierarchical(by_device, MODEL.num_experts)
+    np.testing.assert_array_equal(sent["node"], counted.node)
+    np.testing.assert_array_equal(sent["gpu"], counted.gpu)
+    node = by_device // (MODEL.num_experts // shape[0])
+    distinct = [len({*token} - {n}) for n in range(shape[0]) for token in node[n].reshape(-1, MODEL.top_k).tolist()]
+    assert counted.node.sum() == sum(distinct), "a row for each destination node other than the token's own"
+    assert counted.node.sum() < rows_sent_flat(by_device, MODEL.num_experts).node.sum()
+
+
+def to_others(hop):
+    return hop.plan.send_sizes.at[jax.lax.axis_index(hop.axis)].set(0).sum()
+
+
+def select(bias, seed):
+    """Choices of a router, [64, top_k]."""
+    logits = np.random.default_rng(seed).standard_normal((64, MODEL.num_experts))
+    return np.asarray(select_experts(1 / (1 + np.exp(-logits)) + bias, MODEL), np.int32)
+
+
+def test_most_nodes_follows_the_groups():
+    assert [most_nodes(MODEL, nodes) for nodes in (1, 2, 4, 8, 16)] == [1, 2, 3, 3, 5]
+    straddling = ModelConfig(num_experts=12, num_groups=4, top_k_groups=1, top_k=3)
+    assert [most_nodes(straddling, nodes) for nodes in (2, 3, 6)] == [1, 2, 2]
+
+
+def test_what_finds_no_room_is_counted_at_each_level():
+    experts = np.tile(np.arange(4, dtype=np.int32), (64, 1))  # which all live on the first of 4 x 2 devices
+
+    def overflow(factor):
+        def device(experts):
+            exchange = exchange_on((4, 2), MODEL, factor)
+            return jax.lax.psum(exchange.route(experts, MODEL.num_experts, tile=1)[1], AXES)
+
+        run = jax.shard_map(device, mesh=mesh_of((4, 2)), in_specs=PartitionSpec(AXES), out_specs=PartitionSpec())
+        return int(jax.jit(run)(experts))
+
+    # With room for a balanced load only, both devices of the first node want 32 rows and have room for 8 tokens on 3
+    # nodes; the first device wants 2 x 24 rows and then 32 x 4, and has room for 8 tokens' 4 choices each time.
+    assert overflow(1.0) == 2 * (32 - 24) + (48 - 32) + (128 - 32)
+    assert overflow(8.0) == 0
