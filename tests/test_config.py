@@ -66,6 +66,8 @@ REFUSED: list[tuple[Callable[..., object], dict[str, object], str, str]] = [
     (ParallelConfig, {"node": 0}, "parallel.node=0", "must be positive"),
     (ParallelConfig, {"devices": -1}, "parallel.devices=-1", "must be positive"),
     (ParallelConfig, {"expert_buffer_factor": 0.5}, "parallel.expert_buffer_factor=0.5", "at least 1"),
+    (ParallelConfig, {"exchange": "ring"}, "parallel.exchange='ring'", "one of 'flat', 'hierarchical', None"),
+    (ParallelConfig(exchange="hierarchical", gpu=2).shape, {"devices": 2}, "parallel.exchange='hier", "use 'flat'"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every=0", "must be positive"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep=0", "must be positive"),
     (Config, {"steps": 0}, "steps=0", "must be positive"),

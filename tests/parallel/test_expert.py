@@ -13,6 +13,7 @@ from dsv3_jax.ops.linear import quantize_input
 from dsv3_jax.ops.quantize import TILE, quantize_blocks
 from dsv3_jax.ops.weights import FP8Weight
 from dsv3_jax.parallel.expert import FlatExchange
+from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange
 
 DEVICES, TOKENS, TOP_K, EXPERTS, D, D_FF = 8, 12, 3, 16, 8, 6
 AXES = ("node", "gpu")
@@ -83,18 +84,28 @@ def fp8_loss_of(exchange):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
 
 
-def test_fp8_rows_travel_in_e4m3_and_come_out_as_on_one_device():
+# The hierarchical exchange rounds a device's and a node's sums to the type of the outputs, so that only with float32
+# ones it must give what one device does.
+@pytest.mark.parametrize(
+    ("exchange", "dtype"),
+    [
+        (FlatExchange(AXES, AXES, float(EXPERTS)), jnp.bfloat16),
+        (HierarchicalExchange(*AXES, AXES, 2, float(EXPERTS)), jnp.float32),
+    ],
+    ids=["flat", "hierarchical"],
+)
+def test_fp8_rows_travel_in_e4m3_and_come_out_as_on_one_device(exchange, dtype):
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     weights = {"gate_up": normal(EXPERTS, D, 2 * D_FF), "down": normal(EXPERTS, D_FF, D)}
     x, target = normal(DEVICES * TOKENS, D), normal(DEVICES * TOKENS, D)
     gates = rng.random((DEVICES * TOKENS, TOP_K), np.float32)
-    arguments = (weights, jnp.bfloat16(x), gates, routing("random", rng).astype(np.int32), target)
+    arguments = (weights, x.astype(dtype), gates, routing("random", rng).astype(np.int32), target)
     mesh = Mesh(np.asarray(jax.devices()[:DEVICES]).reshape(2, 4), AXES)
     spec = PartitionSpec(AXES)
 
     def device(*args):
-        (_, y), gradients = fp8_loss_of(FlatExchange(AXES, AXES, float(EXPERTS)))(*args)
+        (_, y), gradients = fp8_loss_of(exchange)(*args)
         return y, gradients
 
     spread = jax.shard_map(device, mesh=mesh, in_specs=spec, out_specs=spec)
