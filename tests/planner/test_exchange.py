@@ -30,8 +30,9 @@ def experts():
 )
 def test_planned_rows_are_those_of_a_routers_tokens(experts, exchange, count):
     planned, sent = rows_per_token(V3, 8, 8, exchange), count(experts, V3.num_experts)
-    assert planned["node"] == pytest.approx(sent.node.mean() / TOKENS, rel=0.02)
-    assert planned["gpu"] == pytest.approx(sent.gpu.mean() / TOKENS, rel=0.02)
+    # A token's rows vary by about 1, so that the mean of 4096 is known to 0.02.
+    assert planned["node"] == pytest.approx(sent.node.mean() / TOKENS, abs=0.06)
+    assert planned["gpu"] == pytest.approx(sent.gpu.mean() / TOKENS, abs=0.06)
 
 
 def test_routing_limits_how_far_a_token_travels():
@@ -51,3 +52,12 @@ def test_bytes_are_those_of_fp8_there_and_bf16_back():
     assert row_bytes(V3, "bf16", hierarchical=False) == {"dispatch": 2 * 7168 + 4, "combine": 2 * 7168}
     row = 7168 + 7168 // 128 * 4 + 8 * 8 + 2 * 7168
     assert exchange_bytes(V3, 8, 8, "fp8")["network"] == rows_per_token(V3, 8, 8)["node"] * row
+
+
+def test_the_experiment_quotes_what_the_plan_says():
+    text = (Path(__file__).parents[2] / "experiments" / "expert_exchange" / "README.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if " GB/s |" in line]
+    measured = {(row[1].strip(), row[2].split("`")[1]): float(row[3]) for row in rows}
+    for exchange in ("flat", "hierarchical"):
+        for axis, planned in rows_per_token(V3, 8, 8, exchange).items():
+            assert measured[exchange, axis] == pytest.approx(planned, rel=0.01, abs=0.01)
