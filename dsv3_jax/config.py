@@ -396,6 +396,9 @@ class ParallelConfig:
     exchange: Literal["flat", "hierarchical"] | None = None
     """How rows reach their experts: `flat` sends each to every expert's device; `hierarchical` to every node once, and
     on inside it. None is `hierarchical` where there are several nodes of several GPUs."""
+    overlap_microbatches: bool = False
+    """Run two microbatches side by side, so that the expert exchange of one can hide behind the products of the other;
+    takes the activations of both."""
 
     def __post_init__(self) -> None:
         _require_choices(self, "parallel.")
@@ -511,6 +514,14 @@ class Config:
             "batch.seq_len",
             self.batch.seq_len,
             f"must exceed model.num_mtp_modules + 1 = {self.model.num_mtp_modules + 1}",
+        )
+
+        _require(
+            not self.parallel.overlap_microbatches or self.batch.sequences > self.batch.rows_per_microbatch,
+            "parallel.overlap_microbatches",
+            True,
+            "needs two microbatches, and the batch is one: set batch.microbatch to at most half of batch.sequences="
+            f"{self.batch.sequences}",
         )
 
     @property

@@ -73,6 +73,7 @@ REFUSED: list[tuple[Callable[..., object], dict[str, object], str, str]] = [
     (Config, {"steps": 0}, "steps=0", "must be positive"),
     (Config, {"max_bad_steps": 0}, "max_bad_steps=0", "must be positive"),
     (Config, {"batch": BatchConfig(seq_len=8192)}, "batch.seq_len=8192", "model.max_length=4096"),
+    (Config, {"parallel": ParallelConfig(overlap_microbatches=True)}, "parallel.overlap_microbatches=True", "one: set"),
     (Config, {"batch": BatchConfig(seq_len=2)}, "batch.seq_len=2", "model.num_mtp_modules + 1 = 2"),
 ]
 

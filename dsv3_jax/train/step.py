@@ -21,7 +21,7 @@ from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
 from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange, most_nodes
 from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
 from dsv3_jax.parallel.sharding import Sharding, param_shardings
-from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_loss
+from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_losses
 from dsv3_jax.train.optimizer import adamw_update
 from dsv3_jax.train.state import TrainState, model_structure, state_specs
 
@@ -114,11 +114,12 @@ def _device_step(
     router_bias, loss_weights = _vary_all((state.router_bias, knobs.loss), axes)
     exchange = exchange_for(config, mesh, buffer_factor)
 
-    def loss(slots: Params, rows: Int[Array, "batch seq"]) -> tuple[Array, LossReport]:
+    def loss(slots: Params, streams: Int[Array, "streams batch seq"]) -> tuple[Array, LossReport]:
         model = nnx.merge(graphdef, attach_slots(compute, slots))
-        return training_loss(model, rows, router_bias, loss_weights, exchange, config.recompute)
+        return training_losses(model, list(streams), router_bias, loss_weights, exchange, config.recompute)
 
-    gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes)
+    streams = 2 if config.parallel.overlap_microbatches else 1
+    gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes, streams)
     report = _over_mesh(report, axes)
     scale = 1.0 / (mesh.size * tokens.shape[0])
     gradients = jax.tree.map(lambda g, s: s.reduce(g) * scale, gradients, shardings)
@@ -163,20 +164,29 @@ def _vary_all(tree: Any, axes: tuple[str, ...]) -> Any:
 
 
 def _accumulate(
-    loss: Callable, slots: Params, tokens: Int[Array, "microbatches batch seq"], axes: tuple[str, ...]
+    loss: Callable, slots: Params, tokens: Int[Array, "microbatches batch seq"], axes: tuple[str, ...], streams: int
 ) -> tuple[Params, LossReport]:
-    """Float32 gradients summed over microbatches, and the report: means, and sums of loads."""
+    """Float32 gradients summed over microbatches, and the report: means, and sums of loads.
+
+    So many microbatches run side by side as `streams` says; those that are left over run last.
+    """
     gradient = jax.grad(loss, has_aux=True)
-    if tokens.shape[0] == 1:
-        return gradient(slots, tokens[0])
+    count = tokens.shape[0]
+    if count <= streams:
+        total = gradient(slots, tokens)
+    else:
+        together = tokens[: count // streams * streams].reshape(-1, streams, *tokens.shape[1:])
 
-    def microbatch(total: Any, rows: Int[Array, "batch seq"]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(slots, rows)), None
+        def microbatches(total: Any, rows: Int[Array, "streams batch seq"]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(slots, rows)), None
 
-    like = jax.eval_shape(gradient, slots, tokens[0])
-    zeros = _vary_all(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), axes)
-    (gradients, report), _ = jax.lax.scan(microbatch, zeros, tokens)
-    return gradients, _map_means(lambda x: x / tokens.shape[0], report)
+        like = jax.eval_shape(gradient, slots, together[0])
+        zeros = _vary_all(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), axes)
+        total, _ = jax.lax.scan(microbatches, zeros, together)
+        if count % streams:
+            total, _ = microbatches(total, tokens[-(count % streams) :])
+    gradients, report = total
+    return gradients, _map_means(lambda x: x / count, report)
 
 
 def _over_mesh(report: LossReport, axes: tuple[str, ...]) -> LossReport:
