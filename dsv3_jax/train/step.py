@@ -64,7 +64,9 @@ def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None, re
         in_specs=(specs, tokens_spec, PartitionSpec()),
         out_specs=(specs, PartitionSpec()),
     )
-    return jax.jit(step, donate_argnums=0)
+    # XLA starts a collective early only where it is asked to look for work to hide it behind.
+    options = {"xla_gpu_enable_latency_hiding_scheduler": True} if config.parallel.overlap_microbatches else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 Evaluation = Callable[[Params, RouterBias, Int[Array, "batch seq"], Float[Array, " batch"]], Float[Array, ""]]

@@ -1,5 +1,6 @@
 """Two microbatches side by side: the numbers of one after the other, and exchanges that products need not wait for."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, P
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.program import exchange_overlaps
 from dsv3_jax.train.loss import LossWeights
-from dsv3_jax.train.state import init_state
+from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import Knobs, make_step
 
 # Neither shared experts, which need no exchange, nor dense layers or MTP modules: all products wait for each other.
@@ -21,6 +22,7 @@ MODEL = ModelConfig(
     num_mtp_modules=0, max_length=64, init_std=0.1,
 )  # fmt: skip
 MICROBATCHES, ROWS, SEQ = 3, 4, 16
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KNOBS = Knobs(jnp.float32(1e-3), jnp.float32(1e-3), LossWeights(*[jnp.float32(1e-2)] * 3))
 
 
@@ -35,8 +37,11 @@ def run(overlap: bool):
     )
     mesh = make_mesh(config)
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (MICROBATCHES, ROWS, SEQ)).astype(np.int32)
-    state = init_state(config, mesh)
-    step = make_step(config, mesh).lower(state, tokens, KNOBS).compile()
+    rng = np.random.default_rng(1)
+    random = lambda x: np.asarray(0.1 * rng.standard_normal(x.shape), x.dtype)  # noqa: E731
+    state = jax.tree.map(lambda x: jax.device_put(random(x), x.sharding), abstract_state(config, mesh))
+    state = dataclasses.replace(state, moments=jax.tree.map(jnp.zeros_like, state.moments))
+    step = make_step(config, mesh).lower(state, tokens, KNOBS).compile(QUICK)
     return step, jax.device_get(step(state, tokens, KNOBS))
 
 
