@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import LocalRoute, sort_by_group
@@ -163,7 +163,7 @@ def _hop(
     return hop, checkpoint_name(arrived, "routing"), lost + out_of_reach
 
 
-def _first_columns(valid: Array, count: int) -> Int[Array, "rows count"]:
+def _first_columns(valid: Bool[Array, "rows columns"], count: int) -> Int[Array, "rows count"]:
     """The indices of each row's valid columns, in order, and one beyond the last where there are no more."""
     columns = valid.shape[1]
     return jnp.sort(jnp.where(valid, jnp.arange(columns), columns), axis=1)[:, :count]

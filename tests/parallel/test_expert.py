@@ -115,3 +115,29 @@ def test_fp8_rows_travel_in_e4m3_and_come_out_as_on_one_device(exchange, dtype):
         np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=2**-7, atol=1e-2)
     for name in weights:  # an expert's rows come in another order, and so in other tiles of 128 if it has more
         np.testing.assert_allclose(d_weights[name], want_weights[name], rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "sent"),
+    # Rows, weights and the way back, and the same backward; the hierarchical one over two links, and experts' numbers.
+    [
+        (FlatExchange(AXES, ("data", *AXES), 2.0), 3 + 3),
+        (HierarchicalExchange(*AXES, ("data", *AXES), 2, 2.0), 2 * (4 + 3)),
+    ],
+    ids=["flat", "hierarchical"],
+)
+def test_on_gpus_rows_travel_by_ragged_all_to_all(exchange, sent, monkeypatch):
+    """Lowered for CUDA, not run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    axes = ("data", *AXES)
+    spec = PartitionSpec(axes)
+
+    def device(x, gates, experts):
+        route, _ = exchange.route(experts, EXPERTS, None)
+        there_and_back = lambda x, g: route.combine(route.dispatch(x) * route.dispatch_choices(g)[:, None])  # noqa: E731
+        return jax.grad(lambda x, g: (there_and_back(x, g) ** 2).sum(), argnums=(0, 1))(x, gates)
+
+    mesh = Mesh(np.asarray(jax.devices()[:DEVICES]).reshape(2, 2, 2), axes)
+    run = jax.jit(jax.shard_map(device, mesh=mesh, in_specs=spec, out_specs=spec))
+    traced = run.trace(jnp.zeros((64, D)), jnp.zeros((64, TOP_K)), jnp.zeros((64, TOP_K), jnp.int32))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("ragged_all_to_all") == sent
