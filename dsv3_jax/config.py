@@ -7,7 +7,8 @@ environment: what a function needs it is given, from here.
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -17,8 +18,11 @@ class ConfigError(ValueError):
 def _require_choices(settings: Any, prefix: str = "") -> None:
     """Refuse a value that its Literal type does not list."""
     for name, kind in get_type_hints(type(settings)).items():
-        if get_origin(kind) is Literal:
-            value, choices = getattr(settings, name), get_args(kind)
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        literals = [k for k in kinds if get_origin(k) is Literal]
+        if literals:
+            choices = [c for k in kinds for c in (get_args(k) if k in literals else [None])]
+            value = getattr(settings, name)
             _require(value in choices, prefix + name, value, f"choose one of {', '.join(map(repr, choices))}")
 
 
@@ -395,8 +399,15 @@ class ParallelConfig:
     a larger buffer."""
     start_timeout: float = 50.0
     """Seconds that the processes of a run wait for one another at its start."""
+    exchange: Literal["flat", "hierarchical"] | None = None
+    """How rows reach their experts: `flat` sends each to every expert's device; `hierarchical` to every node once, and
+    on inside it. None is `hierarchical` where there are several nodes of several GPUs."""
+    overlap_microbatches: bool = False
+    """Run two microbatches side by side, so that the expert exchange of one can hide behind the products of the other;
+    takes the activations of both."""
 
     def __post_init__(self) -> None:
+        _require_choices(self, "parallel.")
         for name in ("data", "node", "gpu", "devices"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"parallel.{name}", value, "must be positive")
@@ -421,6 +432,13 @@ class ParallelConfig:
             f"data {data} x node {self.node} x gpu {gpu}",
             f"is {data * self.node * gpu} devices, and there are {devices}: change parallel.data, parallel.node, "
             "parallel.gpu or parallel.devices",
+        )
+        _require(
+            self.exchange != "hierarchical" or (self.node > 1 and gpu > 1),
+            "parallel.exchange",
+            self.exchange,
+            f"needs several nodes of several GPUs, and parallel.node x parallel.gpu is {self.node} x {gpu}; use "
+            "'flat', or None to let the mesh decide",
         )
         return {"data": data, "node": self.node, "gpu": gpu}
 
@@ -503,6 +521,14 @@ class Config:
             "batch.seq_len",
             self.batch.seq_len,
             f"must exceed model.num_mtp_modules + 1 = {self.model.num_mtp_modules + 1}",
+        )
+
+        _require(
+            not self.parallel.overlap_microbatches or self.batch.sequences > self.batch.rows_per_microbatch,
+            "parallel.overlap_microbatches",
+            True,
+            "needs two microbatches, and the batch is one: set batch.microbatch to at most half of batch.sequences="
+            f"{self.batch.sequences}",
         )
 
     @property

@@ -66,11 +66,14 @@ REFUSED: list[tuple[Callable[..., object], dict[str, object], str, str]] = [
     (ParallelConfig, {"node": 0}, "parallel.node=0", "must be positive"),
     (ParallelConfig, {"devices": -1}, "parallel.devices=-1", "must be positive"),
     (ParallelConfig, {"expert_buffer_factor": 0.5}, "parallel.expert_buffer_factor=0.5", "at least 1"),
+    (ParallelConfig, {"exchange": "ring"}, "parallel.exchange='ring'", "one of 'flat', 'hierarchical', None"),
+    (ParallelConfig(exchange="hierarchical", gpu=2).shape, {"devices": 2}, "parallel.exchange='hier", "use 'flat'"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every=0", "must be positive"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep=0", "must be positive"),
     (Config, {"steps": 0}, "steps=0", "must be positive"),
     (Config, {"max_bad_steps": 0}, "max_bad_steps=0", "must be positive"),
     (Config, {"batch": BatchConfig(seq_len=8192)}, "batch.seq_len=8192", "model.max_length=4096"),
+    (Config, {"parallel": ParallelConfig(overlap_microbatches=True)}, "parallel.overlap_microbatches=True", "one: set"),
     (Config, {"batch": BatchConfig(seq_len=2)}, "batch.seq_len=2", "model.num_mtp_modules + 1 = 2"),
 ]
 

@@ -108,11 +108,15 @@ class LocalRoute:
 
 
 def sort_by_group(
-    groups: Int[Array, "tokens k"], num_groups: int, tile: int | None, valid: Bool[Array, "tokens k"] | None = None
+    groups: Int[Array, "tokens k"],
+    num_groups: int,
+    tile: int | None,
+    valid: Bool[Array, "tokens k"] | None = None,
+    most: int | None = None,
 ) -> LocalRoute:
-    """The route of tokens on one device; choices that are not `valid` have no row."""
-    tile = tile or tile_rows(groups.size, num_groups)
-    return LocalRoute(checkpoint_name(assign_slots(groups, num_groups, tile, valid), "routing"))
+    """The route of tokens on one device; `valid` and `most` are those of `assign_slots`."""
+    tile = tile or tile_rows(most or groups.size, num_groups)
+    return LocalRoute(checkpoint_name(assign_slots(groups, num_groups, tile, valid, most), "routing"))
 
 
 class Router(nnx.Module):

@@ -1,6 +1,6 @@
 """The DeepSeek-V3 transformer: dense and MoE layers, stacked and scanned, and its MTP modules (report 2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,18 +146,32 @@ class Transformer(nnx.Module):
         recompute: Recompute = "none",
     ) -> TrunkOutput:
         """Embedding, all layers and the final norm."""
+        return self.trunks([tokens], router_bias, exchange, recompute)[0]
+
+    def trunks(
+        self,
+        streams: Sequence[Int[Array, "batch seq"]],
+        router_bias: RouterBias,
+        exchange: Exchange | None = None,
+        recompute: Recompute = "none",
+    ) -> list[TrunkOutput]:
+        """`trunk` of several microbatches, which pass each layer side by side: none needs what another computes, so
+        that the exchange of one can run beside the products of another."""
         exchange = exchange or LocalExchange()
-        embedded = self.embed(tokens)
-        turns = rotations(self.config, jnp.arange(tokens.shape[1]))
-        x, layers, stats = embedded, [], None
+        embedded = [self.embed(tokens) for tokens in streams]
+        turns = rotations(self.config, jnp.arange(streams[0].shape[1]))
+        xs, layers, stats = embedded, [], [None] * len(streams)
         if self.config.num_dense_layers:
-            x, (outputs, _) = _scan(self.dense_layers, x, None, turns, exchange, recompute)
+            xs, (outputs, _) = _scan(self.dense_layers, xs, None, turns, exchange, recompute)
             layers.append(outputs)
         if self.config.num_moe_layers:
             bias = router_bias["moe_layers"]
-            x, (outputs, stats) = _scan(self.moe_layers, x, bias, turns, exchange, recompute)
+            xs, (outputs, stats) = _scan(self.moe_layers, xs, bias, turns, exchange, recompute)
             layers.append(outputs)
-        return TrunkOutput(self.final_norm(x), embedded, tuple(layers), stats)
+        return [
+            TrunkOutput(self.final_norm(x), embedded[i], tuple(outputs[i] for outputs in layers), stats[i])
+            for i, x in enumerate(xs)
+        ]
 
     def predict_ahead(
         self,
@@ -168,21 +182,34 @@ class Transformer(nnx.Module):
     ) -> MTPOutput:
         """All MTP depths. Depth k reads the embedding of the token k + 1 ahead; its last k + 1 rows have none, hold
         nothing of use, and count in no statistics."""
+        return self.predict_ahead_all([trunk], router_bias, exchange, recompute)[0]
+
+    def predict_ahead_all(
+        self,
+        trunks: Sequence[TrunkOutput],
+        router_bias: RouterBias,
+        exchange: Exchange | None = None,
+        recompute: Recompute = "none",
+    ) -> list[MTPOutput]:
+        """`predict_ahead` of several microbatches side by side, as in `trunks`."""
         exchange = exchange or LocalExchange()
-        seq = trunk.hidden.shape[1]
+        seq = trunks[0].hidden.shape[1]
         turns = rotations(self.config, jnp.arange(seq))
         graphdef, stacked = _split(self.mtp)
 
-        def depth(hidden: Array, inputs: tuple[Any, Array, Array]) -> tuple[Array, tuple[Array, MoEStats]]:
+        def depth(hiddens: list[Array], inputs: tuple[Any, Array, Array]) -> tuple[list[Array], list[MTPOutput]]:
             params, bias, ahead = inputs
-            embedded = jnp.roll(trunk.embedded, -ahead, axis=1)
             counted = jnp.arange(seq) < seq - ahead
-            hidden, stats = nnx.merge(graphdef, params)(hidden, embedded, turns, bias, exchange, counted)
-            return hidden, (hidden, stats)
+            module = nnx.merge(graphdef, params)
+            outputs = []
+            for hidden, trunk in zip(hiddens, trunks, strict=True):
+                embedded = jnp.roll(trunk.embedded, -ahead, axis=1)
+                outputs.append(MTPOutput(*module(hidden, embedded, turns, bias, exchange, counted)))
+            return [output.hidden for output in outputs], outputs
 
         ahead = jnp.arange(1, self.config.num_mtp_modules + 1)
         inputs = (stacked, router_bias["mtp"], ahead)
-        return MTPOutput(*jax.lax.scan(_recomputed(depth, recompute), trunk.hidden, inputs)[1])
+        return jax.lax.scan(_recomputed(depth, recompute), [trunk.hidden for trunk in trunks], inputs)[1]
 
     def decode(
         self,
@@ -257,18 +284,22 @@ def _recomputed(body: Callable, recompute: Recompute) -> Callable:
 
 def _scan(
     stacked: nnx.Module,
-    x: Float[Array, "batch seq d_model"],
+    xs: Sequence[Float[Array, "batch seq d_model"]],
     bias: Float[Array, "layers experts"] | None,
     turns: Rotations,
     exchange: Exchange,
     recompute: Recompute,
-) -> tuple[Array, tuple[Array, MoEStats | None]]:
-    """Run stacked layers one after the other; returns the last output and, stacked, every output and statistics."""
+) -> tuple[list[Array], tuple[list[Array], list[MoEStats | None]]]:
+    """Run stacked layers one after the other on microbatches side by side; returns the last outputs and, stacked, every
+    output and statistics."""
     graphdef, params = _split(stacked)
 
-    def layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, tuple[Array, MoEStats | None]]:
+    def layer(
+        xs: list[Array], inputs: tuple[Any, Array | None]
+    ) -> tuple[list[Array], tuple[list[Array], list[MoEStats | None]]]:
         layer_params, layer_bias = inputs
-        x, stats = nnx.merge(graphdef, layer_params)(x, turns, layer_bias, exchange)
-        return x, (x, stats)
+        module = nnx.merge(graphdef, layer_params)
+        ys, stats = zip(*(module(x, turns, layer_bias, exchange) for x in xs), strict=True)
+        return list(ys), (list(ys), list(stats))
 
-    return jax.lax.scan(_recomputed(layer, recompute), x, (params, bias))
+    return jax.lax.scan(_recomputed(layer, recompute), list(xs), (params, bias))

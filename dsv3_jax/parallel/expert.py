@@ -1,10 +1,10 @@
 """Expert parallelism: rows travel to the devices that hold their experts, and back (report 3.2.2).
 
-dispatch -> experts -> combine, each a function of local arrays and axis names. The exchange is flat: one all-to-all
-over all devices of the expert group.
+dispatch -> experts -> combine, each a function of local arrays and axis names. The exchange here is flat: one
+all-to-all over all devices of the expert group, a row for every expert of a token. `expert_hierarchical` has the
+report's, which spares the slow link.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import jax
@@ -16,7 +16,7 @@ from dsv3_jax.model.moe import LocalExchange, LocalRoute, sort_by_group
 from dsv3_jax.ops.feed_forward import Route
 from dsv3_jax.ops.kept import keep_bits
 from dsv3_jax.ops.permute import Slots, assign_slots, permute, permute_choices, unpermute, unpermute_choices
-from dsv3_jax.parallel.row_exchange import RowPlan, exchange_rows
+from dsv3_jax.parallel.row_exchange import RowPlan, buffer_rows, exchange_rows, plan_rows
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class FlatExchange:
         tokens, top_k = experts.shape
         here = num_experts // jax.lax.axis_size(self.expert_axes)
         slots = checkpoint_name(assign_slots(experts, num_experts, tile=1), "routing")
-        buffer = buffer_rows(tokens, top_k, num_experts, here, self.buffer_factor)
+        largest = tokens * min(top_k, here)
+        buffer = buffer_rows(experts.size, self.buffer_factor, most=num_experts // here * largest)
         plan, received_expert, overflow = checkpoint_name(
             plan_exchange(slots.sizes, here, buffer, self.expert_axes), "routing"
         )
         group = received_expert[:, None]
         local = sort_by_group(group, here, tile, group < here)
-        largest = tokens * min(top_k, here)
         return FlatRoute(slots, plan, local, experts.size, buffer, largest, self.expert_axes), overflow
 
 
@@ -105,13 +105,6 @@ class FlatRoute:
         return exchange_rows(rows, self.plan.reversed(), self.sent, self.largest, self.axes)
 
 
-def buffer_rows(tokens: int, top_k: int, num_experts: int, here: int, factor: float) -> int:
-    """Rows of the receiving buffer: a balanced load times the factor, at most what can arrive at all."""
-    devices = num_experts // here
-    most = devices * tokens * min(top_k, here)
-    return min(most, math.ceil(tokens * top_k * factor / 8) * 8)
-
-
 def plan_exchange(
     sizes: Int[Array, " experts"], here: int, buffer: int, axes: tuple[str, ...]
 ) -> tuple[RowPlan, Int[Array, " buffer"], Int[Array, ""]]:
@@ -122,26 +115,11 @@ def plan_exchange(
     """
     me = jax.lax.axis_index(axes)
     per_expert = jax.lax.all_gather(sizes, axes).reshape(-1, sizes.shape[0] // here, here)
-    wanted = per_expert.sum(axis=2)
-    starts = _exclusive_cumsum(wanted, axis=1)
-    places = jnp.minimum(_exclusive_cumsum(wanted, axis=0), buffer)
-    sent = jnp.minimum(wanted, buffer - places)
-    plan = RowPlan(
-        send_starts=starts[me],
-        send_sizes=sent[me],
-        send_places=places[me],
-        recv_starts=places[:, me],
-        recv_sizes=sent[:, me],
-        recv_places=starts[:, me],
-    )
+    plan, overflow = plan_rows(per_expert.sum(axis=2), me, buffer)
     row = jnp.arange(buffer)
-    source = jnp.searchsorted(places[:, me], row, side="right") - 1
-    within = row - places[source, me]
+    source = jnp.searchsorted(plan.recv_starts, row, side="right") - 1
+    within = row - plan.recv_starts[source]
     bounds = jnp.cumsum(per_expert[:, me], axis=1)
     expert = (within[:, None] >= bounds[source]).sum(axis=1)
-    expert = jnp.where(within < sent[source, me], expert, here)
-    return plan, expert.astype(jnp.int32), (wanted - sent)[:, me].sum()
-
-
-def _exclusive_cumsum(x: Array, axis: int) -> Array:
-    return jnp.cumsum(x, axis=axis) - x
+    expert = jnp.where(within < plan.recv_sizes[source], expert, here)
+    return plan, expert.astype(jnp.int32), overflow

@@ -1,5 +1,6 @@
 """All-to-all of rows, any number from each device to each other."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +36,33 @@ class RowPlan:
         )
 
 
+def buffer_rows(balanced: int, factor: float, most: int) -> int:
+    """Rows of a receiving buffer: a balanced load times the factor, at most what can arrive at all."""
+    return min(most, math.ceil(balanced * factor / 8) * 8)
+
+
+def plan_rows(
+    wanted: Int[Array, "senders receivers"], me: Int[Array, ""], buffer: int
+) -> tuple[RowPlan, Int[Array, ""]]:
+    """This device's part in an exchange of `wanted` rows, which every sender holds in the order of the receivers.
+
+    They arrive in the order of the senders, from the first row on. Also how many rows for this device do not fit into
+    its `buffer`; those are not sent.
+    """
+    starts = jnp.cumsum(wanted, axis=1) - wanted
+    places = jnp.minimum(jnp.cumsum(wanted, axis=0) - wanted, buffer)
+    sent = jnp.minimum(wanted, buffer - places)
+    plan = RowPlan(
+        send_starts=starts[me],
+        send_sizes=sent[me],
+        send_places=places[me],
+        recv_starts=places[:, me],
+        recv_sizes=sent[:, me],
+        recv_places=starts[:, me],
+    )
+    return plan, (wanted - sent)[:, me].sum()
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def exchange_rows(
     rows: Float[Array, "rows d"], plan: RowPlan, out_rows: int, largest: int, axes: tuple[str, ...]
@@ -52,7 +80,7 @@ def exchange_rows(
 
 
 def _ragged_exchange(rows: Array, plan: RowPlan, out_rows: int, axes: tuple[str, ...]) -> Array:
-    output = vary_over(jnp.zeros((out_rows, rows.shape[1]), rows.dtype), axes)
+    output = vary_over(jnp.zeros((out_rows, rows.shape[1]), rows.dtype), tuple(jax.typeof(rows).mat.varying))
     return jax.lax.ragged_all_to_all(
         rows, output, plan.send_starts, plan.send_sizes, plan.send_places, plan.recv_sizes, axis_name=axes
     )

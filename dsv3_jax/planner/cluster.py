@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from dsv3_jax.config import BatchConfig, Config, ConfigError, ModelConfig
+from dsv3_jax.parallel.expert_hierarchical import most_nodes
 from dsv3_jax.parallel.schedule import Op, Schedule, make
 from dsv3_jax.parallel.simulate import ChunkTimes, Timeline, peak_activations, simulate, simulate_lockstep
 from dsv3_jax.planner.devices import Device
+from dsv3_jax.planner.exchange import exchange_bytes, exchange_seconds, is_hierarchical
 from dsv3_jax.planner.flops import training_flops_per_token, training_flops_per_token_with_mtp
 from dsv3_jax.planner.parameters import count_parameters
 from dsv3_jax.planner.stages import Stage, model_parts, split
-from dsv3_jax.planner.work import Products, Recompute, exchange_bytes, exchange_seconds, seconds
+from dsv3_jax.planner.work import Products, Recompute, seconds
 
 AXES = ("pipe", "data", "node", "gpu")
 
@@ -104,7 +106,7 @@ class ClusterPlan:
     @property
     def exchange_bytes(self) -> dict[str, float]:
         """Bytes that a device sends per MoE layer and pass over a microbatch, by link."""
-        per_token = exchange_bytes(self.config.model, self.mesh["node"], self.mesh["gpu"], self.products)
+        per_token = exchange_bytes(self.config.model, *self._exchange)
         return {link: sent * self.tokens for link, sent in per_token.items()}
 
     @property
@@ -213,8 +215,20 @@ class ClusterPlan:
     @property
     def exchange_seconds_per_layer(self) -> float:
         """Time of a MoE layer's exchange in a pass: the slower link's."""
-        node, gpu = self.mesh["node"], self.mesh["gpu"]
-        return exchange_seconds(self.config.model, node, gpu, self.products, self.device) * self.tokens
+        node, gpu, products, exchange = self._exchange
+        return exchange_seconds(self.config.model, node, gpu, products, self.device, exchange) * self.tokens
+
+    @property
+    def _rows_between_links(self) -> float:
+        """Rows of the buffer that a node's rows arrive in, for each of a device's tokens."""
+        node, gpu, _, exchange = self._exchange
+        if not is_hierarchical(node, gpu, exchange):
+            return 0
+        return min(node, most_nodes(self.config.model, node) * self.config.parallel.expert_buffer_factor)
+
+    @property
+    def _exchange(self) -> tuple[int, int, Products, str | None]:
+        return self.mesh["node"], self.mesh["gpu"], self.products, self.config.parallel.exchange
 
     def _memory(self, rank: int, activations: float) -> ClusterMemory:
         local = [self._local(self.stages[chunk]) for chunk in self.schedule.chunks(rank)]
@@ -226,12 +240,14 @@ class ClusterPlan:
         return ClusterMemory(_WEIGHT * held, _GRADIENT * held, optimizer, activations, self._buffers(rank))
 
     def _buffers(self, rank: int) -> float:
-        """Of a layer that runs forward while another runs backward: received rows beyond a balanced load, experts'
-        values and their gradients, queries, keys and values; and the logits of 1024 tokens with their gradient."""
+        """Of a layer that runs forward while another runs backward: received rows beyond a balanced load, rows between
+        two links, experts' values and their gradients, queries, keys and values; and the logits of 1024 tokens with
+        their gradient."""
         model, stages = self.config.model, [self.stages[chunk] for chunk in self.schedule.chunks(rank)]
         factor = self.config.parallel.expert_buffer_factor
         row = 2 * (3 * model.d_model + 3 * 2 * model.d_ff_expert)
-        rows = self.tokens * model.top_k * factor * row if any(stage.exchanges for stage in stages) else 0
+        rows = self.tokens * (model.top_k * factor * row + self._rows_between_links * 2 * 2 * model.d_model)
+        rows = rows if any(stage.exchanges for stage in stages) else 0
         attention = self.tokens * 2 * 2 * model.num_heads * (2 * model.qk_head_dim + model.v_head_dim)
         has_head = any("head" in part.name or "MTP" in part.name for stage in stages for part in stage.parts)
         logits = 2 * 4 * min(1024, self.tokens) * model.vocab_size if has_head else 0

@@ -19,7 +19,7 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_element: int = 2) -> 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of parameters and what belongs to them on one device. Activations and communication buffers come on top."""
+    """Bytes of parameters and what belongs to them, on one device. Activations and buffers come on top."""
 
     master: int
     """This device's share of the float32 master weights."""
@@ -29,15 +29,17 @@ class TrainingMemory:
     """The weights it computes with."""
     gradients: int
     """The float32 gradients of those, summed over a step's microbatches."""
+    average: int
+    """This device's share of the float32 average of the weights, in the host's memory; 0 where none is kept."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All that is in the device's memory."""
         return self.master + self.moments + self.weights + self.gradients
 
 
 def training_memory(config: Config, mesh: dict[str, int]) -> TrainingMemory:
-    """Bytes per device on a mesh of sizes {"data", "node", "gpu"}, MTP modules included.
+    """Bytes for each device of a mesh of sizes {"data", "node", "gpu"}, MTP modules included.
 
     Routed experts are sharded over node x gpu and every other weight is replicated. ZeRO-1 shards master weights and
     moments over all the replicas a weight has, so that each device holds an equal share of that state whatever the
@@ -61,4 +63,5 @@ def training_memory(config: Config, mesh: dict[str, int]) -> TrainingMemory:
         moments=2 * _BYTES[config.optimizer.moments] * share,
         weights=_BYTES[config.precision] * local,
         gradients=4 * local,
+        average=4 * share if config.optimizer.ema_decay else 0,
     )

@@ -134,6 +134,7 @@ def _compute_table(planned: Plan, config: Config) -> Table:
 
 
 def _memory_table(memory: TrainingMemory, mesh: dict[str, int]) -> Table:
+    on_host = [("averaged weights, likewise, in host memory", _gibibytes(memory.average))] if memory.average else []
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
     return table(
         "Training state per device, activations excluded",
@@ -145,6 +146,7 @@ def _memory_table(memory: TrainingMemory, mesh: dict[str, int]) -> Table:
             ("gradients, likewise", _gibibytes(memory.gradients)),
             None,
             ("total", _gibibytes(memory.total)),
+            *on_host,
         ],
     )
 

@@ -80,28 +80,9 @@ def seconds(work: Iterable[Work], device: Device, passes: str) -> float:
     return sum(item.seconds(device) for item in work if item.passes in passes)
 
 
-def exchange_bytes(model: ModelConfig, node: int, gpu: int, products: Products) -> dict[str, float]:
-    """Bytes that a device sends per token and MoE layer in a forward pass, by link; a backward pass sends as many.
-
-    A token crosses to each node that it reaches once, and is forwarded inside it (report 3.2.2). Dispatch sends FP8 and
-    its scales where products are FP8, combine BF16. With the most nodes that routing allows, evenly spread.
-    """
-    nodes, copies = reached(model, node, gpu)
-    row = model.d_model * (1 + 4 / 128 if products == "fp8" else 2) + 2 * model.d_model
-    return {"network": nodes * (node - 1) / node * row, "nvlink": copies * (gpu - 1) / gpu * row}
-
-
-def reached(model: ModelConfig, node: int, gpu: int) -> tuple[float, float]:
-    """The most nodes, and the most devices in all of them, that a token's experts can live on."""
-    nodes_per_group = max(1, node // model.num_groups)
-    nodes = min(node, model.top_k, model.top_k_groups * nodes_per_group)
-    return nodes, min(model.top_k, nodes * gpu)
-
-
-def exchange_seconds(model: ModelConfig, node: int, gpu: int, products: Products, device: Device) -> float:
-    """Time of one token and MoE layer in a pass: the slower link's, since the two are used at once."""
-    sent = exchange_bytes(model, node, gpu, products)
-    return max(sent[link] / device.achieved[link] for link in sent)
+def operand_bytes(products: Products) -> float:
+    """Bytes of an operand of a product; FP8 with a float32 scale for 128."""
+    return 1 + 4 / 128 if products == "fp8" else 2
 
 
 def saved_bytes(model: ModelConfig, is_moe: bool, products: Products, recompute: Recompute) -> dict[str, float]:
@@ -109,7 +90,7 @@ def saved_bytes(model: ModelConfig, is_moe: bool, products: Products, recompute:
 
     Rows of experts at a balanced load: a rank that receives more keeps more.
     """
-    d, heads, e = model.d_model, model.num_heads, _element(products)
+    d, heads, e = model.d_model, model.num_heads, operand_bytes(products)
     if recompute == "layer":
         return {"residual stream": 2 * d}
     copies, width = (model.top_k, model.d_ff_expert) if is_moe else (0, 0)
@@ -177,18 +158,13 @@ def _recomputed(work: list[Work], model: ModelConfig, products: Products, recomp
     ]
 
 
-def _element(products: Products) -> float:
-    """Bytes of an operand of a product; FP8 with a float32 scale for 128."""
-    return 1 + 4 / 128 if products == "fp8" else 2
-
-
 def _latent_width(model: ModelConfig) -> int:
     return (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
 
 
 def _norm_traffic(model: ModelConfig, products: Products) -> float:
     """Reading BF16 and writing the operand: the norms before attention and FFN, and those of the latents."""
-    return (2 + _element(products)) * (2 * model.d_model + _latent_width(model))
+    return (2 + operand_bytes(products)) * (2 * model.d_model + _latent_width(model))
 
 
 def _rope_traffic(model: ModelConfig) -> float:
@@ -204,7 +180,7 @@ def _swiglu_widths(model: ModelConfig, is_moe: bool) -> int:
 
 
 def _forward_traffic(model: ModelConfig, is_moe: bool, products: Products) -> float:
-    d, e, attended = model.d_model, _element(products), model.num_heads * model.v_head_dim
+    d, e, attended = model.d_model, operand_bytes(products), model.num_heads * model.v_head_dim
     quantized = (2 + e) * attended if products == "fp8" else 0
     residuals = 2 * (3 + 3 + is_moe) * d  # read the stream and each half's output(s), write the sum
     router = 2 * d + 12 * model.num_experts if is_moe else 0
@@ -213,7 +189,7 @@ def _forward_traffic(model: ModelConfig, is_moe: bool, products: Products) -> fl
 
 
 def _backward_traffic(model: ModelConfig, is_moe: bool, products: Products) -> float:
-    d, e, heads = model.d_model, _element(products), model.num_heads
+    d, e, heads = model.d_model, operand_bytes(products), model.num_heads
     attended, latents = heads * model.v_head_dim, _latent_width(model)
     # A norm's backward reads its input, the output's gradient and the residual's, and writes one.
     norms = 2 * (4 * 2 * d + 3 * latents)
@@ -234,7 +210,7 @@ def _backward_traffic(model: ModelConfig, is_moe: bool, products: Products) -> f
 def _row_traffic(model: ModelConfig, passes: str, products: Products) -> float:
     """Received rows are sorted by expert, and experts' rows summed before they return; backward, the same once more,
     and in FP8 both the rows and their gradients are written along tokens too."""
-    d, copies, e = model.d_model, model.top_k, _element(products)
+    d, copies, e = model.d_model, model.top_k, operand_bytes(products)
     once = copies * d * (2 * e + 2 * 2)
     if passes == "F" or products == "bf16":
         return once

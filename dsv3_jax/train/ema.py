@@ -4,6 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from dsv3_jax.ops.weights import Params
@@ -23,12 +24,18 @@ class HostAverage:
         self._thread = ThreadPoolExecutor(1, "ema")
         self._pending: Future | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the average in this process."""
+        return sum(shard.nbytes for shards in self._averages for shard in shards)
+
     def update(self, params: Params) -> None:
-        """Take in new weights. They are copied before this returns, the arithmetic is done later."""
-        leaves = jax.tree.leaves(params)
-        for leaf in leaves:
-            leaf.copy_to_host_async()
-        copies = [_host_shards(leaf) for leaf in leaves]
+        """Take in new weights, which may be donated as soon as this returns.
+
+        They are copied to pinned host memory while the device goes on with the next step; the arithmetic follows in the
+        thread. Waits only for the update before, so that one copy at a time takes memory.
+        """
+        copies = [_pinned_shards(leaf) for leaf in jax.tree.leaves(params)]
         self._wait()
         self._pending = self._thread.submit(self._average, copies)
 
@@ -44,12 +51,12 @@ class HostAverage:
         ]
         return jax.tree.unflatten(self._structure, leaves)
 
-    def _average(self, copies: list[Shards]) -> None:
+    def _average(self, copies: list[list[Array]]) -> None:
         for averages, news in zip(self._averages, copies, strict=True):
             for average, new in zip(averages, news, strict=True):
-                new -= average
-                new *= np.float32(1 - self.decay)
-                average += new
+                step = np.subtract(new, average)
+                step *= np.float32(1 - self.decay)
+                average += step
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -62,5 +69,15 @@ def _devices(sharding: jax.sharding.Sharding) -> list[jax.Device]:
 
 
 def _host_shards(leaf: Array) -> Shards:
+    return [np.array(shard, copy=True) for shard in _shards(leaf).values()]
+
+
+def _pinned_shards(leaf: Array) -> list[Array]:
+    """The shards on their way to pinned host memory, which a device writes to by itself."""
+    pinned = {device: SingleDeviceSharding(device, memory_kind="pinned_host") for device in _devices(leaf.sharding)}
+    return [jax.device_put(shard, pinned[device]) for device, shard in _shards(leaf).items()]
+
+
+def _shards(leaf: Array) -> dict[jax.Device, Array]:
     by_device = {shard.device: shard.data for shard in leaf.addressable_shards}
-    return [np.array(by_device[device], copy=True) for device in _devices(leaf.sharding)]
+    return {device: by_device[device] for device in _devices(leaf.sharding)}

@@ -50,6 +50,8 @@ class Progress:
     """Steps in a row that were not finite."""
     device_seconds: float = 0.0
     buffer_factor: float = 0.0
+    reruns: int = 0
+    """Steps that were run again because the expert exchange overflowed its buffer."""
     data: list[dict[str, Any]] = field(default_factory=list)
     """The data iterator's state, by stream."""
 
@@ -171,6 +173,7 @@ class _Run:
             if not overflow:
                 return report
             self.progress.buffer_factor = 2 * factor
+            self.progress.reruns += 1
             logger.warning(
                 "step %d: %d rows exceeded the expert buffer; run again with expert_buffer_factor=%g",
                 self.progress.step + 1, overflow, 2 * factor,
@@ -258,6 +261,7 @@ def _row(progress: Progress, report: StepReport, shown: dict[str, float], timing
         **shown,
         "applied": bool(report.applied),
         "dropped_tokens": int(losses.overflow),
+        "expert_buffer_reruns": progress.reruns,
     }
     if load is not None:
         row["expert_load_max_over_mean"] = (load.max(axis=1) / np.maximum(load.mean(axis=1), 1)).tolist()

@@ -1,5 +1,6 @@
 """The training loss: next token, MTP and balance (report 2.1.2, 2.2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -50,9 +51,34 @@ def training_loss(
 
     Every sequence predicts its tokens from the second on; MTP depth k those from the (k + 3)rd on.
     """
-    trunk = model.trunk(tokens, router_bias, exchange, recompute)
+    return training_losses(model, [tokens], router_bias, weights, exchange, recompute)
+
+
+def training_losses(
+    model: Transformer,
+    streams: Sequence[Int[Array, "batch seq"]],
+    router_bias: RouterBias,
+    weights: LossWeights,
+    exchange: Exchange,
+    recompute: Recompute = "none",
+) -> tuple[Float[Array, ""], LossReport]:
+    """The sums of `training_loss` over microbatches that pass the layers side by side; see `Transformer.trunks`."""
+    trunks = model.trunks(streams, router_bias, exchange, recompute)
+    aheads = [None] * len(trunks)
+    if model.config.num_mtp_modules:
+        aheads = model.predict_ahead_all(trunks, router_bias, exchange, recompute)
+    losses = [_loss(model, *parts, weights) for parts in zip(streams, trunks, aheads, strict=True)]
+    return jax.tree.map(lambda *parts: sum(parts), *losses)
+
+
+def _loss(
+    model: Transformer,
+    tokens: Int[Array, "batch seq"],
+    trunk: TrunkOutput,
+    ahead: MTPOutput | None,
+    weights: LossWeights,
+) -> tuple[Float[Array, ""], LossReport]:
     loss, _ = _next_token_loss(model, trunk.hidden, tokens, 1)
-    ahead = model.predict_ahead(trunk, router_bias, exchange, recompute) if model.config.num_mtp_modules else None
     report = _report(model, loss, trunk, ahead, tokens)
     total = (
         loss

@@ -18,9 +18,10 @@ from dsv3_jax.ops.quantize import E4M3
 from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import FP8Weight, Params, attach_slots, gradient_slots, weight_type
 from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
+from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange, most_nodes
 from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
 from dsv3_jax.parallel.sharding import Sharding, param_shardings
-from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_loss
+from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_losses
 from dsv3_jax.train.optimizer import adamw_update
 from dsv3_jax.train.state import TrainState, model_structure, state_specs
 
@@ -63,7 +64,9 @@ def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None, re
         in_specs=(specs, tokens_spec, PartitionSpec()),
         out_specs=(specs, PartitionSpec()),
     )
-    return jax.jit(step, donate_argnums=0)
+    # XLA starts a collective early only where it is asked to look for work to hide it behind.
+    options = {"xla_gpu_enable_latency_hiding_scheduler": True} if config.parallel.overlap_microbatches else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 Evaluation = Callable[[Params, RouterBias, Int[Array, "batch seq"], Float[Array, " batch"]], Float[Array, ""]]
@@ -85,13 +88,16 @@ def make_evaluation(config: Config, mesh: Mesh) -> Evaluation:
     return jax.jit(evaluate)
 
 
-def exchange_for(mesh: Mesh, buffer_factor: float) -> Exchange:
+def exchange_for(config: Config, mesh: Mesh, buffer_factor: float) -> Exchange:
     """The expert exchange of a mesh; nothing is exchanged where every device has all experts."""
+    experts, batch = expert_axes(mesh), batch_axes(mesh)
     if mesh.size == 1:
         return LocalExchange()
-    if not expert_axes(mesh):
-        return ReplicatedExperts(batch_axes(mesh))
-    return FlatExchange(expert_axes(mesh), batch_axes(mesh), buffer_factor)
+    if not experts:
+        return ReplicatedExperts(batch)
+    if len(experts) == 1 or config.parallel.exchange == "flat":
+        return FlatExchange(experts, batch, buffer_factor)
+    return HierarchicalExchange(*experts, batch, most_nodes(config.model, mesh.shape["node"]), buffer_factor)
 
 
 def _device_step(
@@ -108,13 +114,14 @@ def _device_step(
     compute = _compute_weights(config, shardings, state.params, recipe)
     axes = batch_axes(mesh)
     router_bias, loss_weights = _vary_all((state.router_bias, knobs.loss), axes)
-    exchange = exchange_for(mesh, buffer_factor)
+    exchange = exchange_for(config, mesh, buffer_factor)
 
-    def loss(slots: Params, rows: Int[Array, "batch seq"]) -> tuple[Array, LossReport]:
+    def loss(slots: Params, streams: Int[Array, "streams batch seq"]) -> tuple[Array, LossReport]:
         model = nnx.merge(graphdef, attach_slots(compute, slots))
-        return training_loss(model, rows, router_bias, loss_weights, exchange, config.recompute)
+        return training_losses(model, list(streams), router_bias, loss_weights, exchange, config.recompute)
 
-    gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes)
+    streams = 2 if config.parallel.overlap_microbatches else 1
+    gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes, streams)
     report = _over_mesh(report, axes)
     scale = 1.0 / (mesh.size * tokens.shape[0])
     gradients = jax.tree.map(lambda g, s: s.reduce(g) * scale, gradients, shardings)
@@ -159,20 +166,29 @@ def _vary_all(tree: Any, axes: tuple[str, ...]) -> Any:
 
 
 def _accumulate(
-    loss: Callable, slots: Params, tokens: Int[Array, "microbatches batch seq"], axes: tuple[str, ...]
+    loss: Callable, slots: Params, tokens: Int[Array, "microbatches batch seq"], axes: tuple[str, ...], streams: int
 ) -> tuple[Params, LossReport]:
-    """Float32 gradients summed over microbatches, and the report: means, and sums of loads."""
+    """Float32 gradients summed over microbatches, and the report: means, and sums of loads.
+
+    So many microbatches run side by side as `streams` says; those that are left over run last.
+    """
     gradient = jax.grad(loss, has_aux=True)
-    if tokens.shape[0] == 1:
-        return gradient(slots, tokens[0])
+    count = tokens.shape[0]
+    if count <= streams:
+        total = gradient(slots, tokens)
+    else:
+        together = tokens[: count // streams * streams].reshape(-1, streams, *tokens.shape[1:])
 
-    def microbatch(total: Any, rows: Int[Array, "batch seq"]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(slots, rows)), None
+        def microbatches(total: Any, rows: Int[Array, "streams batch seq"]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(slots, rows)), None
 
-    like = jax.eval_shape(gradient, slots, tokens[0])
-    zeros = _vary_all(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), axes)
-    (gradients, report), _ = jax.lax.scan(microbatch, zeros, tokens)
-    return gradients, _map_means(lambda x: x / tokens.shape[0], report)
+        like = jax.eval_shape(gradient, slots, together[0])
+        zeros = _vary_all(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), axes)
+        total, _ = jax.lax.scan(microbatches, zeros, together)
+        if count % streams:
+            total, _ = microbatches(total, tokens[-(count % streams) :])
+    gradients, report = total
+    return gradients, _map_means(lambda x: x / count, report)
 
 
 def _over_mesh(report: LossReport, axes: tuple[str, ...]) -> LossReport:
@@ -205,7 +221,7 @@ def _device_evaluation(
     graphdef, shapes = model_structure(config.model)
     compute = _compute_weights(config, param_shardings(shapes, mesh), params, Recipe())
     # A device may receive any load here: evaluation has no second try.
-    exchange = exchange_for(mesh, buffer_factor=float(mesh.size * config.model.num_experts))
+    exchange = exchange_for(config, mesh, buffer_factor=float(mesh.size * config.model.num_experts))
     model = nnx.merge(graphdef, compute)
     axes = batch_axes(mesh)
     loss = held_out_loss(model, tokens, row_weights, _vary_all(router_bias, axes), exchange)

@@ -12,7 +12,8 @@ from dsv3_jax.ops.grouped_matmul import grouped_matmul
 from dsv3_jax.ops.linear import quantize_input
 from dsv3_jax.ops.quantize import TILE, quantize_blocks
 from dsv3_jax.ops.weights import FP8Weight
-from dsv3_jax.parallel.expert import FlatExchange, buffer_rows
+from dsv3_jax.parallel.expert import FlatExchange
+from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange
 
 DEVICES, TOKENS, TOP_K, EXPERTS, D, D_FF = 8, 12, 3, 16, 8, 6
 AXES = ("node", "gpu")
@@ -73,12 +74,6 @@ def test_output_and_gradients_equal_those_of_one_device(both, kind):
     jax.tree.map(compare, gradients, expected_gradients)
 
 
-def test_buffer_is_never_larger_than_what_can_arrive():
-    assert buffer_rows(100, 4, 16, 2, 1.0) == 400
-    assert buffer_rows(100, 4, 16, 2, 1e6) == 8 * 100 * 2
-    assert buffer_rows(100, 4, 16, 8, 1e6) == 2 * 100 * 4
-
-
 def fp8_loss_of(exchange):
     def loss(weights, x, gates, experts, target):
         route, _ = exchange.route(experts, EXPERTS, TILE)
@@ -89,18 +84,28 @@ def fp8_loss_of(exchange):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
 
 
-def test_fp8_rows_travel_in_e4m3_and_come_out_as_on_one_device():
+# The hierarchical exchange rounds a device's and a node's sums to the type of the outputs, so that only with float32
+# ones it must give what one device does.
+@pytest.mark.parametrize(
+    ("exchange", "dtype"),
+    [
+        (FlatExchange(AXES, AXES, float(EXPERTS)), jnp.bfloat16),
+        (HierarchicalExchange(*AXES, AXES, 2, float(EXPERTS)), jnp.float32),
+    ],
+    ids=["flat", "hierarchical"],
+)
+def test_fp8_rows_travel_in_e4m3_and_come_out_as_on_one_device(exchange, dtype):
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     weights = {"gate_up": normal(EXPERTS, D, 2 * D_FF), "down": normal(EXPERTS, D_FF, D)}
     x, target = normal(DEVICES * TOKENS, D), normal(DEVICES * TOKENS, D)
     gates = rng.random((DEVICES * TOKENS, TOP_K), np.float32)
-    arguments = (weights, jnp.bfloat16(x), gates, routing("random", rng).astype(np.int32), target)
+    arguments = (weights, x.astype(dtype), gates, routing("random", rng).astype(np.int32), target)
     mesh = Mesh(np.asarray(jax.devices()[:DEVICES]).reshape(2, 4), AXES)
     spec = PartitionSpec(AXES)
 
     def device(*args):
-        (_, y), gradients = fp8_loss_of(FlatExchange(AXES, AXES, float(EXPERTS)))(*args)
+        (_, y), gradients = fp8_loss_of(exchange)(*args)
         return y, gradients
 
     spread = jax.shard_map(device, mesh=mesh, in_specs=spec, out_specs=spec)
@@ -110,3 +115,29 @@ def test_fp8_rows_travel_in_e4m3_and_come_out_as_on_one_device():
         np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=2**-7, atol=1e-2)
     for name in weights:  # an expert's rows come in another order, and so in other tiles of 128 if it has more
         np.testing.assert_allclose(d_weights[name], want_weights[name], rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "sent"),
+    # Rows, weights and the way back, and the same backward; the hierarchical one over two links, and experts' numbers.
+    [
+        (FlatExchange(AXES, ("data", *AXES), 2.0), 3 + 3),
+        (HierarchicalExchange(*AXES, ("data", *AXES), 2, 2.0), 2 * (4 + 3)),
+    ],
+    ids=["flat", "hierarchical"],
+)
+def test_on_gpus_rows_travel_by_ragged_all_to_all(exchange, sent, monkeypatch):
+    """Lowered for CUDA, not run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    axes = ("data", *AXES)
+    spec = PartitionSpec(axes)
+
+    def device(x, gates, experts):
+        route, _ = exchange.route(experts, EXPERTS, None)
+        there_and_back = lambda x, g: route.combine(route.dispatch(x) * route.dispatch_choices(g)[:, None])  # noqa: E731
+        return jax.grad(lambda x, g: (there_and_back(x, g) ** 2).sum(), argnums=(0, 1))(x, gates)
+
+    mesh = Mesh(np.asarray(jax.devices()[:DEVICES]).reshape(2, 2, 2), axes)
+    run = jax.jit(jax.shard_map(device, mesh=mesh, in_specs=spec, out_specs=spec))
+    traced = run.trace(jnp.zeros((64, D)), jnp.zeros((64, TOP_K)), jnp.zeros((64, TOP_K), jnp.int32))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("ragged_all_to_all") == sent

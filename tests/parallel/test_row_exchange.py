@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
-from dsv3_jax.parallel.row_exchange import RowPlan, exchange_rows
+from dsv3_jax.parallel.row_exchange import RowPlan, buffer_rows, exchange_rows
 
 DEVICES, LARGEST, WIDTH = 8, 3, 2
 ROWS = DEVICES * LARGEST
@@ -65,3 +65,9 @@ def test_every_row_arrives_once_and_comes_home(exchanges, counts, seed):
     # The exchange is linear: <there(rows), d_out> = <rows, back(d_out)>.
     np.testing.assert_allclose((arrived * d_out).sum(), (rows * gradient).sum(), rtol=1e-4, atol=1e-4)
     assert not gradient[~sent].any()
+
+
+def test_buffer_is_never_larger_than_what_can_arrive():
+    assert buffer_rows(400, 1.0, most=1600) == 400
+    assert buffer_rows(401, 1.5, most=1600) == 608
+    assert buffer_rows(400, 1e6, most=1600) == 1600

@@ -250,6 +250,8 @@ def test_state_is_split_over_all_devices_and_experts_over_their_group(v3: Config
     assert one.moments == one.master  # two of them, in BF16
     assert one.weights == 2 * (count.total - experts + experts // 64)
     assert one.gradients == 2 * one.weights
+    assert one.average == one.master, "the average lives on the host, and is no part of the total"
+    assert one.total == one.master + one.moments + one.weights + one.gradients
     assert four.master == pytest.approx(one.master / 4, rel=1e-8)
     assert (four.weights, four.gradients) == (one.weights, one.gradients)
     fp8 = dataclasses.replace(v3, precision="fp8")  # one byte, twice

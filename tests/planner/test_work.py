@@ -12,7 +12,7 @@ from dsv3_jax.planner.devices import load_device
 from dsv3_jax.planner.flops import training_flops_per_token, training_flops_per_token_with_mtp
 from dsv3_jax.planner.parameters import count_parameters
 from dsv3_jax.planner.stages import model_parts, split
-from dsv3_jax.planner.work import exchange_bytes, layer_work, reached, saved_bytes, seconds
+from dsv3_jax.planner.work import layer_work, saved_bytes, seconds
 
 V3 = load_config(str(Path(__file__).parents[2] / "configs/v3_671b.py")).model
 
@@ -49,22 +49,6 @@ def test_bf16_is_slower_and_moves_less():
     device = load_device("h800")
     fp8, bf16 = (layer_work(V3, True, 4096, products, "report") for products in ("fp8", "bf16"))
     assert seconds(bf16, device, "FIW") > 1.2 * seconds(fp8, device, "FIW")
-
-
-@pytest.mark.parametrize(
-    ("node", "gpu", "expected"),
-    [(8, 8, (4, 8)), (4, 8, (4, 8)), (2, 8, (2, 8)), (1, 8, (1, 8)), (16, 8, (8, 8)), (1, 1, (1, 1)), (1, 4, (1, 4))],
-)
-def test_routing_limits_how_far_a_token_travels(node, gpu, expected):
-    """8 of 256 experts from 4 of 8 groups; a group lives on one node of 8, on two of 16."""
-    assert reached(V3, node, gpu) == expected
-
-
-def test_exchange_of_the_report():
-    sent = exchange_bytes(V3, node=8, gpu=8, products="fp8")
-    row = 7168 + 7168 // 128 * 4 + 2 * 7168  # FP8 with its scales one way, BF16 the other
-    assert sent == {"network": 4 * 7 / 8 * row, "nvlink": 8 * 7 / 8 * row}
-    assert exchange_bytes(V3, node=1, gpu=1, products="bf16") == {"network": 0, "nvlink": 0}
 
 
 def test_what_is_kept_shrinks_with_recomputation():

@@ -89,9 +89,8 @@ def run(config):
     return Run(config, finished, read_metrics(Path(config.output_dir) / "metrics.jsonl"), listener.messages)
 
 
-@pytest.fixture(scope="module")
-def overflowing_and_roomy(config, tmp_path_factory):
-    """Two runs whose tokens all want the first of two devices: one buffer holds a balanced load, one any load."""
+def small_and_large_buffer(config, folder, small, large):
+    """Two runs whose tokens all want the first device: one buffer is too small for that, one is not."""
     state = init_state(config, make_mesh(config))
     bias = {kind: b.at[:, :TOP_K].set(10.0) for kind, b in state.router_bias.items()}
     state = jax.device_get(dataclasses.replace(state, router_bias=bias))
@@ -106,13 +105,31 @@ def overflowing_and_roomy(config, tmp_path_factory):
             compiled[factor] = make_step(config, mesh, factor)
         return compiled[factor]
 
-    folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "init_state", biased_state)
         patch.setattr(loop, "make_step", make_step_once)
-        runs = [run(with_factor(config, folder / f"{factor}", factor)) for factor in (1.0, 2.0)]
-    assert sorted(compiled) == [1.0, 2.0]
+        runs = [run(with_factor(config, folder / f"{factor}", factor)) for factor in (small, large)]
+    assert sorted(compiled) == [small, large]
     return runs
+
+
+@pytest.fixture(scope="module")
+def overflowing_and_roomy(config, tmp_path_factory):
+    """Two devices: one buffer holds a balanced load, one any load."""
+    return small_and_large_buffer(config, tmp_path_factory.mktemp("runs"), 1.0, 2.0)
+
+
+def test_full_buffer_of_the_hierarchical_exchange_loses_no_token(config, tmp_path):
+    parallel = dataclasses.replace(config.parallel, devices=4, node=2, gpu=2, exchange="hierarchical")
+    small, large = small_and_large_buffer(dataclasses.replace(config, parallel=parallel), tmp_path, 2.0, 4.0)
+    assert [row["expert_buffer_reruns"] for row in small.rows] == [1] * STEPS
+    assert not any(row["expert_buffer_reruns"] for row in large.rows)
+    assert small.finished.progress.buffer_factor == 4
+    for got, expected in zip(small.rows, large.rows, strict=True):
+        assert got["applied"]
+        assert (got["loss"], got["grad_norm"]) == (expected["loss"], expected["grad_norm"])
+        assert np.sum(got["expert_load"]) == SEQUENCES * SEQ_LEN * TOP_K
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(run.finished.state) for run in (small, large)))
 
 
 def test_full_expert_buffer_loses_no_token(overflowing_and_roomy):
@@ -124,6 +141,7 @@ def test_full_expert_buffer_loses_no_token(overflowing_and_roomy):
     ]
     assert not [warning for warning in roomy.warnings if "expert buffer" in warning]
     assert overflowing.finished.progress.buffer_factor == 2
+    assert [row["expert_buffer_reruns"] for row in overflowing.rows] == [1] * STEPS
     assert len(overflowing.rows) == len(roomy.rows) == STEPS
     for got, expected in zip(overflowing.rows, roomy.rows, strict=True):
         assert got["dropped_tokens"] == expected["dropped_tokens"] == 0

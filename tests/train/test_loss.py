@@ -11,7 +11,7 @@ from flax import nnx
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import LocalExchange
 from dsv3_jax.model.transformer import initial_router_bias
-from dsv3_jax.train.loss import LossWeights, held_out_loss, training_loss
+from dsv3_jax.train.loss import LossWeights, held_out_loss, training_loss, training_losses
 from dsv3_jax.train.state import model_structure
 
 SEQ, DEPTHS = 9, 2
@@ -49,6 +49,8 @@ def result():
         return {
             "total": total, "report": report, "hidden": trunk.hidden, "ahead": ahead.hidden, "held_out": held_out,
             "stats": (trunk.stats, ahead.stats),
+            "together": training_losses(model, [tokens, tokens[:, ::-1]], bias, WEIGHTS, exchange),
+            "reversed": training_loss(model, tokens[:, ::-1], bias, WEIGHTS, exchange),
         }  # fmt: skip
 
     values = compute(params, tokens)
@@ -66,6 +68,13 @@ def by_hand(hidden, head, tokens, distance) -> tuple[np.ndarray, np.ndarray]:
             losses[b, i] = np.log(np.exp(logits).sum()) - logits[label]
             correct[b, i] = logits.argmax() == label
     return losses, correct
+
+
+def test_losses_of_microbatches_side_by_side_are_sums(result):
+    total, report = result.together
+    other_total, other = result.reversed
+    np.testing.assert_allclose(total, result.total + other_total, rtol=1e-6)
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, rtol=1e-5), report, result.report, other)
 
 
 def test_next_token_loss_is_the_mean_over_all_tokens_but_the_first(result):

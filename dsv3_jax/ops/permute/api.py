@@ -35,15 +35,21 @@ def tile_rows(rows: int, groups: int, largest: int = 128) -> int:
 
 
 def assign_slots(
-    group: Int[Array, "tokens k"], num_groups: int, tile: int, valid: Bool[Array, "tokens k"] | None = None
+    group: Int[Array, "tokens k"],
+    num_groups: int,
+    tile: int,
+    valid: Bool[Array, "tokens k"] | None = None,
+    most: int | None = None,
 ) -> Slots:
     """Give every (token, choice) a row, so that rows are sorted by group, stably, each group starting a new tile.
 
-    The number of rows is static: the most that any assignment can need. Choices that are not `valid` get no slot.
+    The number of rows is static: what any assignment of `most` choices (None: all) can need. Choices that are not
+    `valid` get no slot, and of more than `most` the last may get none.
     """
     tokens, k = group.shape
     choices = tokens * k
-    tiles = min(choices // tile + num_groups, choices)
+    most = choices if most is None else most
+    tiles = min(most // tile + num_groups, most)
     rows = tiles * tile
     flat = group.reshape(-1) if valid is None else jnp.where(valid, group, num_groups).reshape(-1)
     order = jnp.argsort(flat, stable=True)
@@ -53,7 +59,8 @@ def assign_slots(
     starts = jnp.append((ends - (sizes + tile - 1) // tile) * tile, rows)
     sorted_group = flat[order]
     within = jnp.arange(choices) - bounds[sorted_group]
-    slot = jnp.where(sorted_group < num_groups, starts[sorted_group] + within, rows).astype(jnp.int32)
+    slot = jnp.where(sorted_group < num_groups, starts[sorted_group] + within, rows)
+    slot = jnp.minimum(slot, rows).astype(jnp.int32)
     slot_of = jnp.zeros(choices, jnp.int32).at[order].set(slot).reshape(tokens, k)
     choice_at = jnp.full(rows, choices, jnp.int32).at[slot].set(order.astype(jnp.int32), mode="drop")
     tile_group = jnp.searchsorted(ends, jnp.arange(tiles), side="right")
