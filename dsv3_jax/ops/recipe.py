@@ -67,13 +67,13 @@ class Recipe:
         return op.fp8_grouped_matmul_transposed(dy, weight, tile_group, dtype, **how)
 
     def wgrad(
-        self, x_columns: Tiled, dy_columns: Tiled, weight: Blocked, tile_group: Int[Array, " tiles"] | None
+        self, x_columns: Tiled, dy_columns: Tiled, groups: int | None, tile_group: Int[Array, " tiles"] | None
     ) -> Float[Array, "*groups k n"]:
-        """x^T @ dy in float32: the gradient of the weight."""
+        """x^T @ dy in float32: the gradient of the weight, or of those of `groups` groups."""
         op, how = self._implementation()
         if tile_group is None:
             return op.fp8_wgrad(x_columns, dy_columns, **how)
-        return op.fp8_grouped_wgrad(x_columns, dy_columns, tile_group, weight.values.shape[0], **how)
+        return op.fp8_grouped_wgrad(x_columns, dy_columns, tile_group, groups, **how)
 
     def swiglu_backward(
         self, hidden: Tiled, d_out: Float[Array, "rows ff"], weights: Float[Array, " rows"] | None

@@ -4,10 +4,13 @@ Training keeps float32 master weights. Once per optimizer step they are cast to 
 must not be rounded to that type on its way back. So a cast weight travels as a `MixedWeight`: the cast value, and a
 float32 slot of the same shape that is never read. Differentiating with respect to the slot gives the float32
 gradient. An `FP8Weight` is the same for a value in FP8 blocks.
+
+A pipeline computes weight gradients later than those of inputs. Its weights have a name instead of a slot: the
+backward pass logs, under that name, the `WeightProduct` that is the gradient (`jax.vjp(...)[1].with_logs`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +33,11 @@ _BF16_LEAVES = {"embed", "head", "projection"}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MixedWeight:
-    """A weight in the type the products read, and the float32 slot that its gradient lands in."""
+    """A weight in the type the products read, and the float32 slot that its gradient lands in, or its name."""
 
     value: Float[Array, "*shape"]
-    slot: Float[Array, "*shape"]
+    slot: Float[Array, "*shape"] | None = None
+    name: str | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -41,15 +45,42 @@ class MixedWeight:
 class FP8Weight:
     """A weight in FP8 blocks, in both layouts, the float32 slot that its gradient lands in, and how it is used.
 
-    Without a slot it can be computed with, but not differentiated.
+    Without a slot or a name it can be computed with, but not differentiated.
     """
 
     value: Blocked
     slot: Float[Array, "*groups k n"] | None = None
     recipe: Recipe = field(default=Recipe(), metadata={"static": True})
+    name: str | None = field(default=None, metadata={"static": True})
 
 
 Weight = Array | MixedWeight | FP8Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WeightProduct:
+    """The gradient of a weight, before it is computed."""
+
+    operands: tuple[Any, ...]
+    product: Callable[..., Array] = field(metadata={"static": True})
+    """A module's function, so that equal products are equal."""
+    settings: tuple[Any, ...] = field(default=(), metadata={"static": True})
+    """Arguments of the product before the operands."""
+
+    def compute(self) -> Float[Array, "*shape"]:
+        """The gradient, in float32."""
+        return self.product(*self.settings, *self.operands)
+
+
+Logs = dict[str, WeightProduct]
+
+
+def conclude(weight: MixedWeight | FP8Weight, gradient: WeightProduct) -> tuple[MixedWeight | FP8Weight, Logs]:
+    """What a backward pass returns for a weight, and what it logs: the gradient now, or only what it is made of."""
+    if weight.name is not None:
+        return dataclasses.replace(weight, value=None, slot=None), {weight.name: gradient}
+    return dataclasses.replace(weight, value=None, slot=gradient.compute()), {}
 
 
 def weight_type(path: Sequence[Any], precision: str) -> jnp.dtype:
@@ -110,6 +141,22 @@ def attach_slots(compute: Params, slots: Params) -> Params:
         return slot if w.dtype == jnp.float32 else MixedWeight(w, slot)
 
     return jax.tree.map(attach, compute, slots, is_leaf=is_fp8)
+
+
+def name_weights(compute: Params) -> dict[str, Array | MixedWeight | FP8Weight]:
+    """The compute copy as a flat dict by path, in which the weights of linears have their path as name.
+
+    Norm gains and the router stay arrays: their gradients are small, and not worth keeping their products for.
+    """
+
+    def named(path: tuple[Any, ...], w: Array | FP8Weight) -> Array | MixedWeight | FP8Weight:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if isinstance(w, FP8Weight):
+            return dataclasses.replace(w, name=name)
+        return w if _FLOAT32_LEAVES & {entry.key for entry in path} else MixedWeight(w, name=name)
+
+    leaves = jax.tree_util.tree_flatten_with_path(compute, is_leaf=is_fp8)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): named(path, w) for path, w in leaves}
 
 
 def is_fp8(weight: Any) -> bool:

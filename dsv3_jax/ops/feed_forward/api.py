@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops.kept import keep_bits
 from dsv3_jax.ops.linear.fp8 import FP8Rows
 from dsv3_jax.ops.quantize import Tiled, quantize_rows, retile, swiglu_quantize
-from dsv3_jax.ops.weights import FP8Weight
+from dsv3_jax.ops.recipe import Recipe
+from dsv3_jax.ops.weights import FP8Weight, Logs, WeightProduct, conclude
 
 
 class Route(Protocol):
@@ -54,6 +55,7 @@ class _Gradients(NamedTuple):
     row_weights: Float[Array, " rows"] | None
     gate_up: FP8Weight
     down: FP8Weight
+    logs: Logs
 
 
 @jax.custom_vjp
@@ -67,13 +69,13 @@ def _dense_fwd(x: FP8Rows, gate_up: FP8Weight, down: FP8Weight) -> tuple[Array, 
     return y.reshape(x.source.shape), kept
 
 
-def _dense_bwd(kept: _Kept, dy: Array) -> tuple[FP8Rows, FP8Weight, FP8Weight]:
+def _dense_bwd(kept: _Kept, dy: Array) -> tuple[tuple[FP8Rows, FP8Weight, FP8Weight], Logs]:
     dy_tiles = kept.down.recipe.gradient(dy.reshape(-1, dy.shape[-1]))
     gradients = _backward(kept, *dy_tiles, dy.dtype)
-    return FP8Rows(None, gradients.rows.reshape(dy.shape)), gradients.gate_up, gradients.down
+    return (FP8Rows(None, gradients.rows.reshape(dy.shape)), gradients.gate_up, gradients.down), gradients.logs
 
 
-fp8_feed_forward.defvjp(_dense_fwd, _dense_bwd)
+fp8_feed_forward.defvjp_with_logs(_dense_fwd, _dense_bwd)
 
 
 @jax.custom_vjp
@@ -97,16 +99,16 @@ def _routed_fwd(
     return route.combine(rows).reshape(x.source.shape), (kept, route)
 
 
-def _routed_bwd(residuals: tuple[_Kept, Route], dy: Array) -> tuple:
+def _routed_bwd(residuals: tuple[_Kept, Route], dy: Array) -> tuple[tuple, Logs]:
     kept, route = residuals
     dy_tiles = _dispatch(route, quantize_rows(dy.reshape(-1, dy.shape[-1]), power_of_2=True))
     gradients = _backward(kept, *kept.down.recipe.received_gradient(dy_tiles), dy.dtype)
     d_source = route.combine(gradients.rows).reshape(dy.shape)
     d_weights = route.combine_choices(gradients.row_weights)
-    return FP8Rows(None, d_source), d_weights, None, gradients.gate_up, gradients.down
+    return (FP8Rows(None, d_source), d_weights, None, gradients.gate_up, gradients.down), gradients.logs
 
 
-fp8_routed_feed_forward.defvjp(_routed_fwd, _routed_bwd)
+fp8_routed_feed_forward.defvjp_with_logs(_routed_fwd, _routed_bwd)
 
 
 def _dispatch(route: Route, tiles: Tiled) -> Tiled:
@@ -132,9 +134,20 @@ def _backward(kept: _Kept, dy_rows: Tiled, dy_columns: Tiled, dtype: jnp.dtype) 
     tiles, hidden, row_weights, tile_group, gate_up, down = kept
     d_out = down.recipe.matmul_transposed(dy_rows, down.value, tile_group, dtype)
     inner = down.recipe.swiglu_backward(hidden, d_out, row_weights)
-    d_down = down.recipe.wgrad(inner.output_columns, dy_columns, down.value, tile_group)
     d_rows = gate_up.recipe.matmul_transposed(inner.d_hidden_rows, gate_up.value, tile_group, dtype)
-    d_gate_up = gate_up.recipe.wgrad(retile(tiles), inner.d_hidden_columns, gate_up.value, tile_group)
-    return _Gradients(
-        d_rows, inner.d_weights, replace(gate_up, value=None, slot=d_gate_up), replace(down, value=None, slot=d_down)
-    )
+    d_down, down_logs = _weight_gradient(down, inner.output_columns, dy_columns, tile_group)
+    d_gate_up, logs = _weight_gradient(gate_up, retile(tiles), inner.d_hidden_columns, tile_group)
+    return _Gradients(d_rows, inner.d_weights, d_gate_up, d_down, logs | down_logs)
+
+
+def _weight_gradient(
+    weight: FP8Weight, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"] | None
+) -> tuple[FP8Weight, Logs]:
+    settings = (weight.recipe, weight.value.values.shape[0])
+    return conclude(weight, WeightProduct((x_columns, dy_columns, tile_group), _wgrad, settings))
+
+
+def _wgrad(
+    recipe: Recipe, groups: int, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"] | None
+) -> Array:
+    return recipe.wgrad(x_columns, dy_columns, groups, tile_group)

@@ -1,5 +1,6 @@
 """The grouped product of the routed experts, with its gradients: picks an implementation."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops.grouped_matmul import mosaic_gpu
 from dsv3_jax.ops.grouped_matmul.reference import grouped_dgrad, grouped_forward, grouped_wgrad
 from dsv3_jax.ops.hopper import Implementation, multiprocessors, takes_kernel
-from dsv3_jax.ops.weights import MixedWeight, Weight
+from dsv3_jax.ops.weights import Logs, MixedWeight, Weight, WeightProduct, conclude
 
 
 def grouped_matmul(
@@ -27,33 +28,39 @@ def grouped_matmul(
     None takes the Hopper kernel where it can run and the reference elsewhere. A named implementation that cannot run
     raises NotImplementedError, an unknown name ValueError.
     """
-    value, slot = (weight.value, weight.slot) if isinstance(weight, MixedWeight) else (weight.astype(x.dtype), weight)
-    kernel = takes_kernel(implementation, "grouped products", mosaic_gpu.unsupported(x, value, tile_group))
-    return _grouped(x, value, slot, tile_group, kernel)
+    mixed = weight if isinstance(weight, MixedWeight) else MixedWeight(weight.astype(x.dtype), weight)
+    kernel = takes_kernel(implementation, "grouped products", mosaic_gpu.unsupported(x, mixed.value, tile_group))
+    return _grouped(x, mixed, tile_group, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped(x: Array, value: Array, slot: Array, tile_group: Array, kernel: bool) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x: Array, weight: MixedWeight, tile_group: Array, kernel: bool) -> Array:
     if kernel:
-        return mosaic_gpu.grouped_product(x, value, tile_group, num_sms=multiprocessors())
-    return grouped_forward(x, value, tile_group)
+        return mosaic_gpu.grouped_product(x, weight.value, tile_group, num_sms=multiprocessors())
+    return grouped_forward(x, weight.value, tile_group)
 
 
-def _grouped_fwd(x: Array, value: Array, slot: Array, tile_group: Array, kernel: bool) -> tuple:
-    return _grouped(x, value, slot, tile_group, kernel), (x, value, tile_group, slot[:, :0, :0])
+def _grouped_fwd(x: Array, weight: MixedWeight, tile_group: Array, kernel: bool) -> tuple:
+    like = None if weight.slot is None else weight.slot[:, :0, :0]
+    return _grouped(x, weight, tile_group, kernel), (x, replace(weight, slot=None), tile_group, like)
 
 
-def _grouped_bwd(kernel: bool, residuals: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
-    x, value, tile_group, like = residuals
-    groups = value.shape[0]
+def _grouped_bwd(kernel: bool, residuals: tuple, dy: Array) -> tuple[tuple[Array, MixedWeight, None], Logs]:
+    x, weight, tile_group, like = residuals
     if kernel:
-        bounds = jnp.searchsorted(tile_group, jnp.arange(groups + 1)).astype(jnp.int32)
-        dx = mosaic_gpu.grouped_product(dy, value, tile_group, transposed=True, num_sms=multiprocessors())
-        dw = mosaic_gpu.grouped_wgrad(x, dy, bounds, num_sms=multiprocessors())
+        dx = mosaic_gpu.grouped_product(dy, weight.value, tile_group, transposed=True, num_sms=multiprocessors())
     else:
-        dx = grouped_dgrad(dy, value, tile_group)
-        dw = grouped_wgrad(x, dy, tile_group, groups)
-    return dx, None, dw.astype(like.dtype), None
+        dx = grouped_dgrad(dy, weight.value, tile_group)
+    settings = (weight.value.shape[0], kernel)
+    dw, logs = conclude(weight, WeightProduct((x, dy, tile_group), _grouped_wgrad, settings))
+    return (dx, dw if like is None else replace(dw, slot=dw.slot.astype(like.dtype)), None), logs
 
 
-_grouped.defvjp(_grouped_fwd, _grouped_bwd)
+def _grouped_wgrad(groups: int, kernel: bool, x: Array, dy: Array, tile_group: Array) -> Array:
+    if not kernel:
+        return grouped_wgrad(x, dy, tile_group, groups)
+    bounds = jnp.searchsorted(tile_group, jnp.arange(groups + 1)).astype(jnp.int32)
+    return mosaic_gpu.grouped_wgrad(x, dy, bounds, num_sms=multiprocessors())
+
+
+_grouped.defvjp_with_logs(_grouped_fwd, _grouped_bwd)

@@ -1,12 +1,14 @@
 """Linear layers and the embedding lookup, for plain, mixed-precision and FP8 weights."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.linear.fp8 import FP8Rows, fp8_linear, fp8_linear_after_attention
 from dsv3_jax.ops.products import transposed_matmul_f32
-from dsv3_jax.ops.weights import FP8Weight, MixedWeight, Weight
+from dsv3_jax.ops.weights import FP8Weight, Logs, MixedWeight, Weight, WeightProduct, conclude
 
 
 def linear(x: Float[Array, "*batch k"] | FP8Rows, weight: Weight) -> Float[Array, "*batch n"]:
@@ -18,7 +20,7 @@ def linear(x: Float[Array, "*batch k"] | FP8Rows, weight: Weight) -> Float[Array
     if isinstance(weight, FP8Weight):
         return fp8_linear(x, weight)
     if isinstance(weight, MixedWeight):
-        return _mixed_linear(x, weight.value, weight.slot)
+        return _mixed_linear(x, weight)
     return jnp.matmul(x, weight.astype(x.dtype))
 
 
@@ -28,22 +30,23 @@ def linear_after_attention(x: Float[Array, "*batch k"], weight: Weight) -> Float
 
 
 @jax.custom_vjp
-def _mixed_linear(x: Array, value: Array, slot: Array) -> Array:
-    return jnp.matmul(x, value)
+def _mixed_linear(x: Array, weight: MixedWeight) -> Array:
+    return jnp.matmul(x, weight.value)
 
 
-def _mixed_linear_fwd(x: Array, value: Array, slot: Array) -> tuple[Array, tuple[Array, Array]]:
-    return jnp.matmul(x, value), (x, value)
+def _mixed_linear_fwd(x: Array, weight: MixedWeight) -> tuple[Array, tuple[Array, MixedWeight]]:
+    return jnp.matmul(x, weight.value), (x, replace(weight, slot=None))
 
 
-def _mixed_linear_bwd(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, None, Array]:
-    x, value = residuals
-    dx = jnp.einsum("...n,kn->...k", dy, value)
+def _mixed_linear_bwd(residuals: tuple[Array, MixedWeight], dy: Array) -> tuple[tuple[Array, MixedWeight], Logs]:
+    x, weight = residuals
+    dx = jnp.einsum("...n,kn->...k", dy, weight.value)
     rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return dx, None, transposed_matmul_f32(rows, grads)
+    dw, logs = conclude(weight, WeightProduct((rows, grads), transposed_matmul_f32))
+    return (dx, dw), logs
 
 
-_mixed_linear.defvjp(_mixed_linear_fwd, _mixed_linear_bwd)
+_mixed_linear.defvjp_with_logs(_mixed_linear_fwd, _mixed_linear_bwd)
 
 
 def embedding_lookup(tokens: Int[Array, "*batch"], table: Weight) -> Float[Array, "*batch d_model"]:

@@ -13,7 +13,8 @@ from dsv3_jax.ops.quantize import (
     quantize_rows,
     retile,
 )
-from dsv3_jax.ops.weights import FP8Weight
+from dsv3_jax.ops.recipe import Recipe
+from dsv3_jax.ops.weights import FP8Weight, Logs, WeightProduct, conclude
 
 
 @jax.tree_util.register_dataclass
@@ -53,13 +54,13 @@ def _linear_fwd(x: FP8Rows, weight: FP8Weight) -> tuple[Array, tuple[Tiled, FP8W
     return _product(x.tiles, x.source, weight), (x.tiles, replace(weight, slot=None))
 
 
-def _linear_bwd(residuals: tuple[Tiled, FP8Weight], dy: Array) -> tuple[FP8Rows, FP8Weight]:
+def _linear_bwd(residuals: tuple[Tiled, FP8Weight], dy: Array) -> tuple[tuple[FP8Rows, FP8Weight], Logs]:
     tiles, weight = residuals
-    dx, dw = _gradients(retile(tiles), dy, weight)
-    return FP8Rows(None, dx), replace(weight, value=None, slot=dw)
+    dx, dw, logs = _gradients(retile(tiles), dy, weight)
+    return (FP8Rows(None, dx), dw), logs
 
 
-_linear.defvjp(_linear_fwd, _linear_bwd)
+_linear.defvjp_with_logs(_linear_fwd, _linear_bwd)
 
 
 def _after_attention_fwd(x: Array, weight: FP8Weight) -> tuple[Array, tuple[tuple[Array, Array], FP8Weight]]:
@@ -67,15 +68,17 @@ def _after_attention_fwd(x: Array, weight: FP8Weight) -> tuple[Array, tuple[tupl
     return y, (quantize_e5m6(_flat(x)), replace(weight, slot=None))
 
 
-def _after_attention_bwd(residuals: tuple[tuple[Array, Array], FP8Weight], dy: Array) -> tuple[Array, FP8Weight]:
+def _after_attention_bwd(
+    residuals: tuple[tuple[Array, Array], FP8Weight], dy: Array
+) -> tuple[tuple[Array, FP8Weight], Logs]:
     kept, weight = residuals
     # Both scales are powers of two, so that the second rounding falls on the grid of the first.
     columns = quantize_columns(dequantize_e5m6(*kept), power_of_2=True)
-    dx, dw = _gradients(columns, dy, weight)
-    return dx, replace(weight, value=None, slot=dw)
+    dx, dw, logs = _gradients(columns, dy, weight)
+    return (dx, dw), logs
 
 
-fp8_linear_after_attention.defvjp(_after_attention_fwd, _after_attention_bwd)
+fp8_linear_after_attention.defvjp_with_logs(_after_attention_fwd, _after_attention_bwd)
 
 
 def _product(tiles: Tiled, like: Array, weight: FP8Weight) -> Array:
@@ -83,12 +86,16 @@ def _product(tiles: Tiled, like: Array, weight: FP8Weight) -> Array:
     return y.reshape(*like.shape[:-1], -1)
 
 
-def _gradients(x_columns: Tiled, dy: Array, weight: FP8Weight) -> tuple[Array, Array]:
-    """Of the input, in the type of dy, and of the weight, in float32."""
+def _gradients(x_columns: Tiled, dy: Array, weight: FP8Weight) -> tuple[Array, FP8Weight, Logs]:
+    """Of the input, in the type of dy, and of the weight, in float32 or as what is logged."""
     dy_rows, dy_columns = weight.recipe.gradient(_flat(dy))
     dx = weight.recipe.matmul_transposed(dy_rows, weight.value, None, dy.dtype)
-    dw = weight.recipe.wgrad(x_columns, dy_columns, weight.value, None)
-    return dx.reshape(*dy.shape[:-1], -1), dw
+    dw, logs = conclude(weight, WeightProduct((x_columns, dy_columns), _wgrad, (weight.recipe,)))
+    return dx.reshape(*dy.shape[:-1], -1), dw, logs
+
+
+def _wgrad(recipe: Recipe, x_columns: Tiled, dy_columns: Tiled) -> Array:
+    return recipe.wgrad(x_columns, dy_columns, None, None)
 
 
 def _flat(x: Array) -> Float[Array, "rows k"]:
