@@ -384,8 +384,16 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The mesh. Experts live on `node` x `gpu`, the batch on `data` x `node` x `gpu` (report 3.2)."""
+    """The mesh. Experts live on `node` x `gpu`, the batch on `data` x `node` x `gpu`, layers on `pipe` (report 3.2)."""
 
+    pipe: int = 1
+    """Ranks of the pipeline, which the layers are cut into stages for; 1 is no pipeline."""
+    schedule: Literal[
+        "gpipe", "1f1b", "interleaved_1f1b", "zb1p", "dualpipe", "dualpipev", "dualpipe_lockstep",
+        "dualpipe_lockstep_late",
+    ] = "1f1b"  # fmt: skip
+    """In which order the pipeline's ranks run their stages. interleaved_1f1b and dualpipev cut the model into two
+    stages a rank; dualpipe and its lockstep orders keep two copies of it, for an even number of ranks."""
     data: int | None = None
     """Replicas of the experts; None takes what `node` and `gpu` leave."""
     node: int = 1
@@ -408,7 +416,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _require_choices(self, "parallel.")
-        for name in ("data", "node", "gpu", "devices"):
+        for name in ("pipe", "data", "node", "gpu", "devices"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"parallel.{name}", value, "must be positive")
         _require(
@@ -423,14 +431,15 @@ class ParallelConfig:
         """The size of each mesh axis on this many devices; raises ConfigError where they do not divide."""
         gpu, data = self.gpu, self.data
         if gpu is None:
-            gpu = max(1, devices // ((data or 1) * self.node))
+            gpu = max(1, devices // (self.pipe * (data or 1) * self.node))
         if data is None:
-            data = max(1, devices // (self.node * gpu))
+            data = max(1, devices // (self.pipe * self.node * gpu))
+        total = self.pipe * data * self.node * gpu
         _require(
-            data * self.node * gpu == devices,
+            total == devices,
             "parallel",
-            f"data {data} x node {self.node} x gpu {gpu}",
-            f"is {data * self.node * gpu} devices, and there are {devices}: change parallel.data, parallel.node, "
+            f"pipe {self.pipe} x data {data} x node {self.node} x gpu {gpu}",
+            f"is {total} devices, and there are {devices}: change parallel.pipe, parallel.data, parallel.node, "
             "parallel.gpu or parallel.devices",
         )
         _require(
@@ -440,7 +449,7 @@ class ParallelConfig:
             f"needs several nodes of several GPUs, and parallel.node x parallel.gpu is {self.node} x {gpu}; use "
             "'flat', or None to let the mesh decide",
         )
-        return {"data": data, "node": self.node, "gpu": gpu}
+        return {"pipe": self.pipe, "data": data, "node": self.node, "gpu": gpu}
 
 
 @dataclass(frozen=True)

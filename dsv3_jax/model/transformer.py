@@ -209,7 +209,7 @@ class Transformer(nnx.Module):
 
         ahead = jnp.arange(1, self.config.num_mtp_modules + 1)
         inputs = (stacked, router_bias["mtp"], ahead)
-        return jax.lax.scan(_recomputed(depth, recompute), [trunk.hidden for trunk in trunks], inputs)[1]
+        return jax.lax.scan(recomputed(depth, recompute), [trunk.hidden for trunk in trunks], inputs)[1]
 
     def decode(
         self,
@@ -275,7 +275,8 @@ def _split(stacked: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def _recomputed(body: Callable, recompute: Recompute) -> Callable:
+def recomputed(body: Callable, recompute: Recompute) -> Callable:
+    """`body`, whose backward pass computes again what the policy says."""
     if recompute == "none":
         return body
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT) if recompute == "report" else None
@@ -302,4 +303,4 @@ def _scan(
         ys, stats = zip(*(module(x, turns, layer_bias, exchange) for x in xs), strict=True)
         return list(ys), (list(ys), list(stats))
 
-    return jax.lax.scan(_recomputed(layer, recompute), list(xs), (params, bias))
+    return jax.lax.scan(recomputed(layer, recompute), list(xs), (params, bias))

@@ -1,4 +1,4 @@
-"""The device mesh: `data` x `node` x `gpu`."""
+"""The device mesh: `pipe` x `data` x `node` x `gpu`."""
 
 import jax
 import numpy as np
@@ -11,6 +11,11 @@ from dsv3_jax.config import Config, ConfigError
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     """Axes the batch is split over. An axis of one device is left out everywhere: it needs no collective."""
     return _active(mesh, ("data", "node", "gpu"))
+
+
+def pipe_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axis over which the model's layers are cut into stages, if there is more than one."""
+    return _active(mesh, ("pipe",))
 
 
 def expert_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -55,7 +60,7 @@ def _check_divides(config: Config, shape: dict[str, int]) -> None:
     if rows % total:
         raise ConfigError(
             f"{'batch.microbatch' if config.batch.microbatch else 'batch.sequences'}={rows}: must be a multiple of the "
-            f"{total} devices of the mesh"
+            f"{total} devices that share a microbatch: all of parallel.data, parallel.node and parallel.gpu"
         )
 
 

@@ -64,6 +64,19 @@ def training_losses(
 ) -> tuple[Float[Array, ""], LossReport]:
     """The sums of `training_loss` over microbatches that pass the layers side by side; see `Transformer.trunks`."""
     trunks = model.trunks(streams, router_bias, exchange, recompute)
+    return losses_of(model, streams, trunks, router_bias, weights, exchange, recompute)
+
+
+def losses_of(
+    model: Transformer,
+    streams: Sequence[Int[Array, "batch seq"]],
+    trunks: Sequence[TrunkOutput],
+    router_bias: RouterBias,
+    weights: LossWeights,
+    exchange: Exchange,
+    recompute: Recompute = "none",
+) -> tuple[Float[Array, ""], LossReport]:
+    """`training_losses` from the trunks' outputs on; balance losses are those of the statistics that they have."""
     aheads = [None] * len(trunks)
     if model.config.num_mtp_modules:
         aheads = model.predict_ahead_all(trunks, router_bias, exchange, recompute)

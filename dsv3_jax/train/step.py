@@ -19,10 +19,11 @@ from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import FP8Weight, Params, attach_slots, gradient_slots, weight_type
 from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
 from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange, most_nodes
-from dsv3_jax.parallel.mesh import batch_axes, expert_axes, vary_over
+from dsv3_jax.parallel.mesh import batch_axes, expert_axes, pipe_axes, vary_over
 from dsv3_jax.parallel.sharding import Sharding, param_shardings
 from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_losses
 from dsv3_jax.train.optimizer import adamw_update
+from dsv3_jax.train.pipelined import pipelined_gradients, plan_pipeline
 from dsv3_jax.train.state import TrainState, model_structure, state_specs
 
 
@@ -91,7 +92,7 @@ def make_evaluation(config: Config, mesh: Mesh) -> Evaluation:
 def exchange_for(config: Config, mesh: Mesh, buffer_factor: float) -> Exchange:
     """The expert exchange of a mesh; nothing is exchanged where every device has all experts."""
     experts, batch = expert_axes(mesh), batch_axes(mesh)
-    if mesh.size == 1:
+    if not batch:
         return LocalExchange()
     if not experts:
         return ReplicatedExperts(batch)
@@ -110,20 +111,28 @@ def _device_step(
     knobs: Knobs,
 ) -> tuple[TrainState, StepReport]:
     graphdef, shapes = model_structure(config.model)
-    shardings = param_shardings(shapes, mesh)
-    compute = _compute_weights(config, shardings, state.params, recipe)
     axes = batch_axes(mesh)
-    router_bias, loss_weights = _vary_all((state.router_bias, knobs.loss), axes)
+    pipe = pipe_axes(mesh)
+    pipeline = plan_pipeline(config, mesh.shape["pipe"], tokens.shape[0]) if pipe else None
+    held = pipeline and {kind: layout.held for kind, layout in pipeline.layouts.items()}
+    shardings = param_shardings(shapes, mesh, held)
+    compute = _compute_weights(config, shardings, state.params, recipe)
+    router_bias, loss_weights = _vary_all((state.router_bias, knobs.loss), pipe + axes)
     exchange = exchange_for(config, mesh, buffer_factor)
 
     def loss(slots: Params, streams: Int[Array, "streams batch seq"]) -> tuple[Array, LossReport]:
         model = nnx.merge(graphdef, attach_slots(compute, slots))
         return training_losses(model, list(streams), router_bias, loss_weights, exchange, config.recompute)
 
-    streams = 2 if config.parallel.overlap_microbatches else 1
-    gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes, streams)
+    if pipeline is not None:
+        gradients, report = pipelined_gradients(
+            config, pipeline, compute, router_bias, loss_weights, exchange, tokens, pipe + axes
+        )
+    else:
+        streams = 2 if config.parallel.overlap_microbatches else 1
+        gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes, streams)
     report = _over_mesh(report, axes)
-    scale = 1.0 / (mesh.size * tokens.shape[0])
+    scale = mesh.shape["pipe"] / (mesh.size * tokens.shape[0])
     gradients = jax.tree.map(lambda g, s: s.reduce(g) * scale, gradients, shardings)
     squares = jax.tree.map(lambda g, s: s.total(jnp.sum(g * g)), gradients, shardings)
     grad_norm = jnp.sqrt(sum(jax.tree.leaves(squares)))

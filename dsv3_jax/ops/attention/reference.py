@@ -65,8 +65,11 @@ def _backward(scale: float, residuals: tuple[Inputs, Array, Array], d_out: Float
         probs = jnp.exp(_scores(q, k, start, end, scale) - log_sum_exp[:, :, block])
         d_probs = matmul_f32(d_out[:, :, block], jnp.swapaxes(v[:, :, :end], -1, -2))
         d_scores = (probs * (d_probs - delta[:, :, block]) * scale).astype(v.dtype)
-        dv = dv.at[:, :, :end].add(transposed_matmul_f32(probs.astype(v.dtype), d_out[:, :, block]))
-        dk = dk.at[:, :, :end].add(transposed_matmul_f32(d_scores, q[:, :, block]))
+        # Padded rather than added to a slice: a scatter over the whole array has an index without elements, which
+        # crashes XLA's partitioner where it is hoisted out of a shard_map.
+        after = ((0, 0), (0, 0), (0, q.shape[2] - end), (0, 0))
+        dv += jnp.pad(transposed_matmul_f32(probs.astype(v.dtype), d_out[:, :, block]), after)
+        dk += jnp.pad(transposed_matmul_f32(d_scores, q[:, :, block]), after)
         dq.append(matmul_f32(d_scores, k[:, :, :end]))
     return jnp.concatenate(dq, axis=2).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
