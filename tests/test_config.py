@@ -64,6 +64,8 @@ REFUSED: list[tuple[Callable[..., object], dict[str, object], str, str]] = [
     (BatchConfig, {"microbatch": 3}, "batch.sequences=8", "a multiple of batch.microbatch=3"),
     (BatchConfig, {"start_sequences": 2, "microbatch": 4}, "batch.start_sequences=2", "batch.microbatch=4"),
     (ParallelConfig, {"node": 0}, "parallel.node=0", "must be positive"),
+    (ParallelConfig, {"pipe": 0}, "parallel.pipe=0", "must be positive"),
+    (ParallelConfig, {"schedule": "2f2b"}, "parallel.schedule='2f2b'", "'dualpipe'"),
     (ParallelConfig, {"devices": -1}, "parallel.devices=-1", "must be positive"),
     (ParallelConfig, {"expert_buffer_factor": 0.5}, "parallel.expert_buffer_factor=0.5", "at least 1"),
     (ParallelConfig, {"exchange": "ring"}, "parallel.exchange='ring'", "one of 'flat', 'hierarchical', None"),
@@ -112,18 +114,19 @@ sizes = st.none() | st.integers(1, 6)
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=sizes, node=st.integers(1, 6), gpu=sizes, devices=st.integers(1, 64))
+@given(pipe=st.integers(1, 4), data=sizes, node=st.integers(1, 6), gpu=sizes, devices=st.integers(1, 64))
 def test_mesh_uses_every_device_and_keeps_what_was_asked_or_is_refused(
-    data: int | None, node: int, gpu: int | None, devices: int
+    pipe: int, data: int | None, node: int, gpu: int | None, devices: int
 ) -> None:
-    parallel = ParallelConfig(data=data, node=node, gpu=gpu)
-    asked = (data or 1) * node * (gpu or 1)
+    parallel = ParallelConfig(pipe=pipe, data=data, node=node, gpu=gpu)
+    asked = pipe * (data or 1) * node * (gpu or 1)
     if devices % asked or (data and gpu and asked != devices):
         with pytest.raises(ConfigError, match=f"there are {devices}"):
             parallel.shape(devices)
         return
     shape = parallel.shape(devices)
-    assert shape["data"] * shape["node"] * shape["gpu"] == devices
+    assert shape["pipe"] * shape["data"] * shape["node"] * shape["gpu"] == devices
+    assert shape["pipe"] == pipe
     assert shape["node"] == node
     assert data in (None, shape["data"])
     assert gpu in (None, shape["gpu"])

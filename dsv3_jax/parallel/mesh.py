@@ -6,6 +6,7 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import Array
 
 from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.parallel.pipeline_stages import check_pipeline
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -24,11 +25,12 @@ def expert_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def _active(mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
 
 def make_mesh(config: Config) -> Mesh:
-    """The mesh of a run. Raises ConfigError where devices, experts or sequences do not divide."""
+    """The mesh of a run. Raises ConfigError where devices, experts or sequences do not divide, or where the schedule
+    does not work with the ranks, layers and microbatches."""
     wanted, there = config.parallel.devices, jax.devices()
     if wanted is not None and wanted > len(there):
         raise ConfigError(
@@ -45,6 +47,8 @@ def make_mesh(config: Config) -> Mesh:
         )
     shape = config.parallel.shape(len(devices))
     _check_divides(config, shape)
+    if shape["pipe"] > 1:
+        check_pipeline(config)
     grid = np.asarray(devices).reshape(tuple(shape.values()))
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 

@@ -56,7 +56,7 @@ class Model:
 class Sums:
     """Over all microbatches, of what this rank ran."""
 
-    gradients: dict[str, dict[str, Float[Array, "held *shape"]]]
+    gradients: dict[str, dict[str, Float[Array, "held ..."]]]
     """Float32, by kind and path."""
     ends: Params
     report: Tree
@@ -133,7 +133,9 @@ def run(
     sums, made = rank.shapes
     most = {"inputs": made.y, "gradients": made.y, "kept": made.kept, "products": made.products}
     pools = {
-        name: rank.zeros(jax.tree.map(lambda x, n=table.slots[name]: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), value))
+        name: rank.zeros(
+            jax.tree.map(lambda x, n=table.slots[name]: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), value)
+        )
         for name, value in most.items()
     }
     here = jax.lax.axis_index("pipe")

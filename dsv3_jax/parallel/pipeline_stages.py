@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from dsv3_jax.config import ConfigError, ModelConfig
-from dsv3_jax.parallel.schedule import Schedule
+from dsv3_jax.config import Config, ConfigError, ModelConfig
+from dsv3_jax.parallel.schedule import Schedule, make
 
 LAYER_KINDS = ("dense_layers", "moe_layers")
 """Names of the stacks, in the order that data passes them."""
@@ -25,6 +25,28 @@ class Layout:
     """Where a stage's first layer stands among those its rank holds."""
     count: Int[ndarray, " stages"]
     """Layers of each stage."""
+
+
+def schedule_of(config: Config, microbatches: int) -> Schedule:
+    """The schedule of a step of so many microbatches. Raises ConfigError where it does not work with that number or
+    with the ranks."""
+    name, ranks = config.parallel.schedule, config.parallel.pipe
+    try:
+        return make(name, ranks, microbatches)
+    except ValueError as error:
+        raise ConfigError(
+            f"parallel.schedule={name!r}: {error} (ranks is parallel.pipe; microbatches is batch.sequences / "
+            "batch.microbatch, and where the batch grows any number from the first batch's on)"
+        ) from error
+
+
+def check_pipeline(config: Config) -> None:
+    """Raises ConfigError for a pipeline that some step of the run could not use."""
+    batch = config.batch
+    first = (batch.start_sequences or batch.sequences) // batch.rows_per_microbatch
+    for microbatches in range(first, batch.sequences // batch.rows_per_microbatch + 1):
+        schedule = schedule_of(config, microbatches)
+    stage_bounds(config.model, schedule.stages)
 
 
 def layouts(model: ModelConfig, schedule: Schedule) -> dict[str, Layout]:

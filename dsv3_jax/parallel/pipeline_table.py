@@ -100,9 +100,7 @@ def _live(build: _Builder, at: dict, stage: int, microbatch: int) -> None:
         build.lives["products"].append((rank, inputs, weight, [(inputs, "I_to"), (weight, "W_from")]))
 
 
-def _arrive(
-    build: _Builder, sent: tuple[int, int], used: tuple[int, int], passes: str, pool: str, column: str
-) -> None:
+def _arrive(build: _Builder, sent: tuple[int, int], used: tuple[int, int], passes: str, pool: str, column: str) -> None:
     (tick, sender), (until, rank) = sent, used
     shift = (rank - sender) % build.schedule.ranks
     build.pairs.setdefault((passes, shift), set()).add((sender, rank))

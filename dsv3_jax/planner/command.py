@@ -54,7 +54,7 @@ def _mesh(config: Config, text: str | None) -> dict[str, int]:
         raise ConfigError(
             "dsv3 plan: the config leaves the number of devices open; pass --mesh pipe=16,data=2,node=8,gpu=8"
         )
-    return {"pipe": 1} | known
+    return known
 
 
 def _require_png(path: str) -> None:

@@ -29,7 +29,7 @@ class Plan:
     mesh: dict[str, int] | None
     """Size of each mesh axis; None where the configuration leaves the number of devices open."""
     memory: TrainingMemory | None
-    """Training state per device of that mesh."""
+    """Training state per device of that mesh; None with a pipeline, whose ranks differ: see `plan_cluster`."""
 
     @property
     def training_flops(self) -> int:
@@ -60,7 +60,7 @@ def plan(config: Config) -> Plan:
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
         tokens=config.total_tokens,
         mesh=mesh,
-        memory=None if mesh is None else training_memory(config, mesh),
+        memory=None if mesh is None or mesh["pipe"] > 1 else training_memory(config, mesh),
     )
 
 
@@ -69,7 +69,9 @@ def print_plan(config: Config) -> None:
     planned = plan(config)
     console = Console()
     print_model(config, planned, console)
-    if planned.memory is None:
+    if planned.memory is None and planned.mesh is not None:
+        console.print("The ranks of a pipeline hold different stages: see their memory with --device.")
+    elif planned.memory is None:
         console.print("Training state per device: set parallel.devices, or parallel.data and parallel.gpu, to see it.")
     else:
         console.print(_memory_table(planned.memory, planned.mesh))
@@ -87,7 +89,7 @@ def mesh_of(parallel: ParallelConfig) -> dict[str, int] | None:
         return parallel.shape(parallel.devices)
     if parallel.data is None or parallel.gpu is None:
         return None
-    return parallel.shape(parallel.data * parallel.node * parallel.gpu)
+    return parallel.shape(parallel.pipe * parallel.data * parallel.node * parallel.gpu)
 
 
 def table(title: str, headers: tuple[str, ...], rows: list[tuple[str, ...] | None]) -> Table:

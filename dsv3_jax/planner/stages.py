@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.parallel.pipeline_stages import cut
 from dsv3_jax.planner.devices import Device
 from dsv3_jax.planner.parameters import count_parameters
 from dsv3_jax.planner.work import (
@@ -123,17 +124,5 @@ def split(parts: Sequence[Part], stages: int, device: Device) -> list[Stage]:
             "and MTP); lower pipe"
         )
     times = [seconds(part.work, device, "FIW") for part in parts]
-    # best[i]: the slowest stage, and where the last stage starts, with the first i parts in the stages so far.
-    best = [(sum(times[:i]), 0) for i in range(len(parts) + 1)]
-    starts = []
-    for stage in range(2, stages + 1):
-        last = [(float("inf"), 0)] * len(best)
-        for i in range(stage, len(parts) + 1):
-            last[i] = min((max(best[j][0], sum(times[j:i])), j) for j in range(stage - 1, i))
-        starts.append([start for _, start in last])
-        best = last
-    cuts = [len(parts)]
-    for row in reversed(starts):
-        cuts.append(row[cuts[-1]])
-    cuts = [*reversed(cuts)] if cuts[-1] == 0 else [0, *reversed(cuts)]
+    cuts = cut(times, stages)
     return [Stage(list(parts[a:b])) for a, b in itertools.pairwise(cuts)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import Config, ConfigError, ModelConfig
+from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.moe import Exchange
 from dsv3_jax.model.rope import rotations
 from dsv3_jax.model.transformer import DecoderLayer, RouterBias, TrunkOutput, recomputed
@@ -16,9 +16,8 @@ from dsv3_jax.ops.weights import Params, attach_slots, gradient_slots, name_weig
 from dsv3_jax.parallel.mesh import vary_over
 from dsv3_jax.parallel.pipeline import Model, run
 from dsv3_jax.parallel.pipeline_layer import Layer, Weights
-from dsv3_jax.parallel.pipeline_stages import LAYER_KINDS, Layout, layouts
+from dsv3_jax.parallel.pipeline_stages import LAYER_KINDS, Layout, layouts, schedule_of
 from dsv3_jax.parallel.pipeline_table import Table, make_table
-from dsv3_jax.parallel.schedule import make
 from dsv3_jax.train.loss import LossReport, LossWeights, losses_of
 from dsv3_jax.train.state import model_structure
 
@@ -32,15 +31,9 @@ class Pipeline:
     layouts: dict[str, Layout]
 
 
-def plan_pipeline(config: Config, ranks: int, microbatches: int) -> Pipeline:
-    """The table and the layout. Raises ConfigError where the schedule does not work with these numbers."""
-    try:
-        schedule = make(config.parallel.schedule, ranks, microbatches)
-    except ValueError as error:
-        raise ConfigError(
-            f"parallel.schedule={config.parallel.schedule!r}: {error} (ranks are parallel.pipe, microbatches "
-            "batch.sequences / batch.microbatch)"
-        ) from error
+def plan_pipeline(config: Config, microbatches: int) -> Pipeline:
+    """The table and the layout. Raises ConfigError where the schedule does not work with so many microbatches."""
+    schedule = schedule_of(config, microbatches)
     return Pipeline(make_table(schedule), schedule.stages, layouts(config.model, schedule))
 
 
@@ -96,14 +89,14 @@ def _model(
         return total, jax.tree.map(jnp.asarray, report)
 
     here = jax.lax.axis_index("pipe")
-    held_bias = {kind: router_bias[kind][jnp.asarray(pipeline.layouts[kind].held)[here]] for kind in stacks if kind in router_bias}
+    held = {kind: jnp.asarray(layout.held)[here] for kind, layout in pipeline.layouts.items()}
     return Model(
         embed=embed,
         tail=tail,
         ends=vary(gradient_slots(ends)),
         layers={kind: _layer(config, kind, compute[kind], exchange) for kind in LAYER_KINDS if kind in stacks},
         weights={kind: vary(name_weights(stack)) for kind, stack in stacks.items()},
-        contexts={kind: vary(held_bias.get(kind)) for kind in stacks},
+        contexts={kind: vary(router_bias[kind][held[kind]] if kind in router_bias else None) for kind in stacks},
         shared=vary((rotations(config.model, jnp.arange(seq)), weights)),
         layouts=pipeline.layouts,
     )

@@ -1,5 +1,6 @@
 """One optimizer step as a single shard_map over the whole mesh: what one device does, collectives included."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -113,7 +114,7 @@ def _device_step(
     graphdef, shapes = model_structure(config.model)
     axes = batch_axes(mesh)
     pipe = pipe_axes(mesh)
-    pipeline = plan_pipeline(config, mesh.shape["pipe"], tokens.shape[0]) if pipe else None
+    pipeline = plan_pipeline(config, tokens.shape[0]) if pipe else None
     held = pipeline and {kind: layout.held for kind, layout in pipeline.layouts.items()}
     shardings = param_shardings(shapes, mesh, held)
     compute = _compute_weights(config, shardings, state.params, recipe)
@@ -132,7 +133,7 @@ def _device_step(
         streams = 2 if config.parallel.overlap_microbatches else 1
         gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes, streams)
     report = _over_mesh(report, axes)
-    scale = mesh.shape["pipe"] / (mesh.size * tokens.shape[0])
+    scale = 1.0 / (math.prod(mesh.shape[axis] for axis in axes) * tokens.shape[0])
     gradients = jax.tree.map(lambda g, s: s.reduce(g) * scale, gradients, shardings)
     squares = jax.tree.map(lambda g, s: s.total(jnp.sum(g * g)), gradients, shardings)
     grad_norm = jnp.sqrt(sum(jax.tree.leaves(squares)))

@@ -98,3 +98,42 @@ def test_fp8_blocks_are_those_of_the_whole_weight_whatever_the_shards(shape, mov
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float32(a), np.float32(b)), got, want)
     gathered = [line for line in str(jax.make_jaxpr(gather)(weight)).splitlines() if "all_gather[" in line]
     assert f"{moved}[{shape[0]},{shape[1]}]" in gathered[0]
+
+
+def test_ranks_of_a_pipeline_get_the_layers_they_hold_and_give_back_the_sum_of_their_gradients():
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(2, 2, 1, 2), ("pipe", "data", "node", "gpu"))
+    shapes = {
+        "layers": {"kernel": (3, 8, 6), "experts": {"down": (3, 4, 12, 5)}, "odd": {"scale": (3, 5)}},
+        "head": {"kernel": (8, 6)},
+    }
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes, is_leaf=lambda s: type(s) is tuple)
+    rng = np.random.default_rng(0)
+    whole = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes)
+    held = np.array([[0, 2, 1], [1, 0, 0]])  # layers 0 and 1 on both ranks; the last of rank 1 only fills
+    shardings, everywhere = param_shardings(shapes, mesh, {"layers": held}), param_shardings(shapes, mesh)
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+    assert specs["layers"]["experts"]["down"] == PartitionSpec(None, "gpu", ("pipe", "data"), None)
+
+    def device(shards):
+        filled = jax.numpy.asarray(held)[jax.lax.axis_index("pipe")]
+        unused = (jax.lax.axis_index("pipe") == 1) & (jax.numpy.arange(3) == 2)
+        compute = jax.tree.map(lambda x, s: s.gather(x), shards, shardings)
+        expected = jax.tree.map(lambda x, s: s.gather(x), shards, everywhere)["layers"]
+        wrong = jax.tree.map(lambda x, y: jax.numpy.abs(x - y[filled]).max(), compute["layers"], expected)
+        used = lambda x: x * ~unused.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+        gradients = {"layers": jax.tree.map(used, compute["layers"]), "head": compute["head"]}
+        summed = jax.tree.map(lambda x, s: s.reduce(x), gradients, shardings)
+        return summed, jax.lax.pmax(jax.numpy.max(jax.numpy.stack(jax.tree.leaves(wrong))), ("pipe", "data", "gpu"))
+
+    sums, wrong = jax.jit(jax.shard_map(device, mesh=mesh, in_specs=(specs,), out_specs=(specs, PartitionSpec())))(
+        whole
+    )
+    assert wrong == 0
+    copies = np.array([2, 2, 1])
+    for name, got in (("kernel", sums["layers"]["kernel"]), ("scale", sums["layers"]["odd"]["scale"])):
+        want = whole["layers"]["kernel"] if name == "kernel" else whole["layers"]["odd"]["scale"]
+        want = want * 4 * copies.reshape(-1, *[1] * (want.ndim - 1))  # data x gpu replicas compute the same here
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    experts = whole["layers"]["experts"]["down"]
+    np.testing.assert_allclose(sums["layers"]["experts"]["down"], experts * 2 * copies[:, None, None, None], rtol=1e-6)
+    np.testing.assert_allclose(sums["head"]["kernel"], whole["head"]["kernel"] * 8, rtol=1e-6)

@@ -269,7 +269,7 @@ def test_mesh_that_cannot_hold_the_experts_is_refused(v3: Config) -> None:
 def test_memory_is_planned_only_for_a_known_number_of_devices(v3: Config, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(v3).memory is None
     known = dataclasses.replace(v3, parallel=dataclasses.replace(v3.parallel, devices=128))
-    assert plan(known).mesh == {"data": 2, "node": 8, "gpu": 8}
+    assert plan(known).mesh == {"pipe": 1, "data": 2, "node": 8, "gpu": 8}
     print_plan(known)
     out = capsys.readouterr().out
     for figure in ("671,026,404,352", "11,610,067,968", "250.4", "70,272", "data 2 x node 8 x gpu 8"):

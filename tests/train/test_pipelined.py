@@ -1,0 +1,71 @@
+"""A pipelined step gives the losses, gradients and router bias of the step on one device, in memory that does not grow
+with the number of microbatches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.train.loss import LossWeights
+from dsv3_jax.train.state import init_state
+from dsv3_jax.train.step import Knobs, make_step
+
+# Stages of different sizes: a dense layer and two MoE ones on the first, two before the head and the MTP module.
+MODEL = ModelConfig(
+    vocab_size=64, d_model=16, num_layers=5, num_dense_layers=1, d_ff=32, num_heads=2, qk_nope_head_dim=4,
+    qk_rope_head_dim=4, v_head_dim=4, q_lora_rank=8, kv_lora_rank=8, num_experts=8, num_groups=2, top_k_groups=1,
+    top_k=2, d_ff_expert=8, max_length=64, init_std=0.2,
+)  # fmt: skip
+MICROBATCHES, ROWS, SEQ = 4, 4, 16
+KNOBS = Knobs(jnp.float32(1e-3), jnp.float32(1e-3), LossWeights(jnp.float32(0.3), jnp.float32(1e-2), jnp.float32(1e-2)))
+
+
+def compiled(microbatches, **parallel):
+    """The step, and the state and tokens to call it with."""
+    config = Config(
+        model=MODEL,
+        batch=BatchConfig(seq_len=SEQ, sequences=microbatches * ROWS, microbatch=ROWS),
+        # Without clipping the first moments are a tenth of the gradients.
+        optimizer=OptimizerConfig(warmup_tokens=1, clip_norm=1e9, moments="float32"),
+        parallel=ParallelConfig(expert_buffer_factor=4.0, **parallel),
+        precision="fp32",
+    )
+    mesh = make_mesh(config)
+    state = init_state(config, mesh)
+    tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (microbatches, ROWS, SEQ)).astype(np.int32)
+    return make_step(config, mesh).lower(state, tokens, KNOBS).compile(), state, tokens
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    step, state, tokens = compiled(MICROBATCHES, devices=1)
+    return jax.device_get(step(state, tokens, KNOBS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "most"),
+    [
+        ("dualpipe", {"devices": 8, "pipe": 2, "node": 2, "gpu": 2}, None),
+        ("zb1p", {"devices": 2, "pipe": 2}, 16),
+    ],
+)
+def test_step_is_that_of_one_device_and_its_memory_does_not_grow(one_device, kind, mesh, most):
+    step, state, tokens = compiled(MICROBATCHES, schedule=kind, **mesh)
+    new, report = jax.device_get(step(state, tokens, KNOBS))
+    expected_state, expected = one_device
+    assert report.applied
+    for name in ("loss", "mtp_loss", "mtp_accuracy", "sequence_balance", "batch_balance"):
+        got, want = (getattr(r.losses, name) for r in (report, expected))
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
+    same = np.testing.assert_array_equal
+    jax.tree.map(same, (report.losses.load, new.router_bias), (expected.losses.load, expected_state.router_bias))
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=str(path)),
+        new.moments.mu,
+        expected_state.moments.mu,
+    )
+    if most is not None:
+        temporary = [s.memory_analysis().temp_size_in_bytes for s in (step, compiled(most, schedule=kind, **mesh)[0])]
+        assert temporary[1] - temporary[0] < 4 * 2 * most * ROWS * SEQ, "no more than the longer table and tokens"
