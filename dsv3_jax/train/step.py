@@ -235,4 +235,6 @@ def _device_evaluation(
     model = nnx.merge(graphdef, compute)
     axes = batch_axes(mesh)
     loss = held_out_loss(model, tokens, row_weights, _vary_all(router_bias, axes), exchange)
-    return jax.lax.psum(loss, axes) if axes else loss
+    loss = jax.lax.psum(loss, axes) if axes else loss
+    # Every rank of a pipeline has computed with the whole model.
+    return jax.lax.pmean(loss, pipe_axes(mesh)) if pipe_axes(mesh) else loss
