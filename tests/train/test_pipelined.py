@@ -1,5 +1,7 @@
 """A pipelined step gives the losses, gradients and router bias of the step on one device, in memory that does not grow
-with the number of microbatches."""
+with the number of microbatches, and multiplies no more."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,12 @@ import pytest
 
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.pipeline_table import make_table
+from dsv3_jax.parallel.schedule import make
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import Knobs, make_step
+from compiled_products import multiplications
 
 # Stages of different sizes: a dense layer and two MoE ones on the first, two before the head and the MTP module.
 MODEL = ModelConfig(
@@ -22,10 +27,11 @@ MICROBATCHES, ROWS, SEQ = 4, 4, 16
 KNOBS = Knobs(jnp.float32(1e-3), jnp.float32(1e-3), LossWeights(jnp.float32(0.3), jnp.float32(1e-2), jnp.float32(1e-2)))
 
 
-def compiled(microbatches, **parallel):
+def compiled(microbatches, model=MODEL, recompute="report", **parallel):
     """The step, and the state and tokens to call it with."""
     config = Config(
-        model=MODEL,
+        model=model,
+        recompute=recompute,
         batch=BatchConfig(seq_len=SEQ, sequences=microbatches * ROWS, microbatch=ROWS),
         # Without clipping the first moments are a tenth of the gradients.
         optimizer=OptimizerConfig(warmup_tokens=1, clip_norm=1e9, moments="float32"),
@@ -69,3 +75,29 @@ def test_step_is_that_of_one_device_and_its_memory_does_not_grow(one_device, kin
     if most is not None:
         temporary = [s.memory_analysis().temp_size_in_bytes for s in (step, compiled(most, schedule=kind, **mesh)[0])]
         assert temporary[1] - temporary[0] < 4 * 2 * most * ROWS * SEQ, "no more than the longer table and tokens"
+
+
+def test_weight_gradients_wait_and_nothing_is_computed_twice():
+    # A layer a stage, so that every loop's length is known.
+    small = {"model": dataclasses.replace(MODEL, num_layers=2, num_dense_layers=0), "recompute": "none"}
+
+    def refuse(found):
+        raise AssertionError(f"the step on one device has a conditional: {found}")
+
+    expected = multiplications(compiled(MICROBATCHES, devices=1, **small)[0].as_text(), refuse)
+    schedule = make("zb1p", 2, MICROBATCHES)
+    table = make_table(schedule)
+    ticks = len(table.columns["work"])
+    times = [int((table.columns["work"] == i).sum()) for i in range(len(table.works))]
+    work = {}
+
+    def branches(found):
+        if len(found) < len(times):
+            # Of embedding or tail, on one of the stages, or neither.
+            return max(found) / schedule.stages
+        work.update(zip(table.works, found, strict=True))
+        return sum(n * each for n, each in zip(times, found, strict=True)) / ticks
+
+    pipelined = compiled(MICROBATCHES, devices=2, pipe=2, schedule="zb1p", **small)[0]
+    np.testing.assert_allclose(multiplications(pipelined.as_text(), branches), expected, rtol=0.01)
+    assert work[False, "I", False] > work[False, "", True] > work[True, "", False] > 0

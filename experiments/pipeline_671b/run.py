@@ -1,0 +1,72 @@
+"""Traces and lowers the 671B model's step for 2048 devices, none of which has to be there (report 3.2).
+
+    python experiments/pipeline_671b/run.py [SCHEDULE]
+
+Prints how long both take, and the bytes of training state on each device beside what the planner says.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from dsv3_jax.cli import load_config
+from dsv3_jax.config import Config, ParallelConfig
+from dsv3_jax.model.transformer import initial_router_bias
+from dsv3_jax.parallel.pipeline_stages import check_pipeline
+from dsv3_jax.planner.cluster import plan_cluster
+from dsv3_jax.planner.devices import load_device
+from dsv3_jax.train.loss import LossWeights
+from dsv3_jax.train.optimizer import init_moments
+from dsv3_jax.train.state import TrainState, model_structure, state_shardings
+from dsv3_jax.train.step import Knobs, make_step
+
+SHAPE = {"pipe": 16, "data": 2, "node": 8, "gpu": 8}
+
+
+def abstract_state(config: Config, mesh: AbstractMesh) -> TrainState:
+    """Shapes, types and shardings of the state, without a device."""
+    params = model_structure(config.model)[1]
+    moments = jax.eval_shape(lambda p: init_moments(config.optimizer, p), params)
+    state = TrainState(params, moments, jax.eval_shape(lambda: initial_router_bias(config.model)))
+    shardings = state_shardings(config, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def bytes_per_device(state: TrainState) -> int:
+    """Of each array's shard."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def main(schedule: str) -> None:
+    """Prints times and bytes."""
+    config = load_config(str(Path(__file__).parents[2] / "configs" / "v3_671b.py"))
+    config = dataclasses.replace(
+        config,
+        # The whole batch from the start: dualpipe takes an even number of microbatches, and the ramp grows by one.
+        batch=dataclasses.replace(config.batch, start_sequences=None, ramp_tokens=0.0),
+        parallel=ParallelConfig(schedule=schedule, **SHAPE),
+    )
+    check_pipeline(config)
+    mesh = AbstractMesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(AxisType.Auto,) * len(SHAPE))
+    state, number = abstract_state(config, mesh), jax.ShapeDtypeStruct((), jnp.float32)
+    knobs = Knobs(number, number, LossWeights(number, number, number))
+    rows = config.batch.rows_per_microbatch
+    tokens = jax.ShapeDtypeStruct((config.batch.sequences // rows, rows, config.batch.seq_len), jnp.int32)
+    start = time.perf_counter()
+    traced = make_step(config, mesh).trace(state, tokens, knobs)
+    middle = time.perf_counter()
+    traced.lower(lowering_platforms=("cuda",))
+    print(f"{schedule}: traced in {middle - start:.1f} s, lowered in {time.perf_counter() - middle:.1f} s")
+    optimizer = [memory.optimizer for memory in plan_cluster(config, load_device("h800"), SHAPE, schedule).memory]
+    planned = sum(optimizer) / len(optimizer)
+    print(f"bytes of state on each device: {bytes_per_device(state):,}; planned, mean of the ranks: {planned:,.0f}")
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or ["dualpipe"]))
