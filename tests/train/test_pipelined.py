@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_products import multiplications
 
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
@@ -15,7 +16,6 @@ from dsv3_jax.parallel.schedule import make
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import Knobs, make_step
-from compiled_products import multiplications
 
 # Stages of different sizes: a dense layer and two MoE ones on the first, two before the head and the MTP module.
 MODEL = ModelConfig(
