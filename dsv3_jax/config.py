@@ -531,7 +531,12 @@ class Config:
             self.batch.seq_len,
             f"must exceed model.num_mtp_modules + 1 = {self.model.num_mtp_modules + 1}",
         )
-
+        _require(
+            not self.parallel.overlap_microbatches or self.parallel.pipe == 1,
+            "parallel.overlap_microbatches",
+            True,
+            f"with parallel.pipe={self.parallel.pipe} the schedule pairs microbatches, as dualpipe does; leave it off",
+        )
         _require(
             not self.parallel.overlap_microbatches or self.batch.sequences > self.batch.rows_per_microbatch,
             "parallel.overlap_microbatches",

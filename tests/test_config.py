@@ -72,6 +72,12 @@ REFUSED: list[tuple[Callable[..., object], dict[str, object], str, str]] = [
     (ParallelConfig(exchange="hierarchical", gpu=2).shape, {"devices": 2}, "parallel.exchange='hier", "use 'flat'"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every=0", "must be positive"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep=0", "must be positive"),
+    (
+        Config,
+        {"parallel": ParallelConfig(pipe=2, overlap_microbatches=True)},
+        "parallel.overlap_microbatches=True",
+        "parallel.pipe=2",
+    ),
     (Config, {"steps": 0}, "steps=0", "must be positive"),
     (Config, {"max_bad_steps": 0}, "max_bad_steps=0", "must be positive"),
     (Config, {"batch": BatchConfig(seq_len=8192)}, "batch.seq_len=8192", "model.max_length=4096"),

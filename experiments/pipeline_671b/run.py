@@ -43,17 +43,32 @@ def bytes_per_device(state: TrainState) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-def main(schedule: str) -> None:
-    """Prints times and bytes."""
+def pipelined(schedule: str) -> Config:
+    """The 671B run on 16 pipeline ranks."""
     config = load_config(str(Path(__file__).parents[2] / "configs" / "v3_671b.py"))
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
         # The whole batch from the start: dualpipe takes an even number of microbatches, and the ramp grows by one.
         batch=dataclasses.replace(config.batch, start_sequences=None, ramp_tokens=0.0),
         parallel=ParallelConfig(schedule=schedule, **SHAPE),
     )
+
+
+def abstract_mesh() -> AbstractMesh:
+    """2048 devices that are not there."""
+    return AbstractMesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(AxisType.Auto,) * len(SHAPE))
+
+
+def planned_bytes(config: Config) -> float:
+    """What the planner gives the optimizer, mean of the ranks: the step spreads it over all alike."""
+    memory = plan_cluster(config, load_device("h800"), SHAPE, config.parallel.schedule).memory
+    return sum(rank.optimizer for rank in memory) / len(memory)
+
+
+def main(schedule: str) -> None:
+    """Prints times and bytes."""
+    config, mesh = pipelined(schedule), abstract_mesh()
     check_pipeline(config)
-    mesh = AbstractMesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(AxisType.Auto,) * len(SHAPE))
     state, number = abstract_state(config, mesh), jax.ShapeDtypeStruct((), jnp.float32)
     knobs = Knobs(number, number, LossWeights(number, number, number))
     rows = config.batch.rows_per_microbatch
@@ -63,9 +78,7 @@ def main(schedule: str) -> None:
     middle = time.perf_counter()
     traced.lower(lowering_platforms=("cuda",))
     print(f"{schedule}: traced in {middle - start:.1f} s, lowered in {time.perf_counter() - middle:.1f} s")
-    optimizer = [memory.optimizer for memory in plan_cluster(config, load_device("h800"), SHAPE, schedule).memory]
-    planned = sum(optimizer) / len(optimizer)
-    print(f"bytes of state on each device: {bytes_per_device(state):,}; planned, mean of the ranks: {planned:,.0f}")
+    print(f"bytes of state on each device: {bytes_per_device(state):,}; planned: {planned_bytes(config):,.0f}")
 
 
 if __name__ == "__main__":
