@@ -4,7 +4,10 @@ Nothing heavy is imported before it is needed, so that `dsv3 --help` answers at 
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
+import itertools
 import logging
 import os
 import sys
@@ -125,16 +128,27 @@ def load_config(path: str) -> Config:
 
 
 def override(config: Config, settings: list[str], prog: str) -> Config:
-    """The config with settings from the command line; exits with a message where one is unknown."""
+    """The config with settings from the command line. Raises ConfigError where one is unknown or wrong."""
     import tyro
 
-    return tyro.cli(
-        Config,
-        default=config,
-        args=settings,
-        prog=prog,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Config, default=config, args=settings, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise ConfigError(f"{_text_of_box(said.getvalue())} (`{prog} --help` lists all settings)") from None
+
+
+def _text_of_box(box: str) -> str:
+    """What an error in a frame says, as one line without the frame, its title and its last words."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    groups = itertools.groupby(lines, key=lambda line: bool(line.strip("─-")))
+    parts = [" ".join(group) for is_text, group in groups if is_text]
+    # Without a frame, where the terminal may not know its characters, the title stands above the first rule.
+    text = "; ".join(parts if box.startswith("╭") else parts[1:])
+    return text.partition("; For full helptext")[0].removeprefix("Error parsing Config: ").removesuffix(".")
 
 
 def _train(arguments: argparse.Namespace, settings: list[str]) -> int:
