@@ -7,189 +7,26 @@ environment: what a function needs it is given, from here.
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
+from dsv3_jax.model_config import ModelConfig, YarnConfig
+from dsv3_jax.settings import ConfigError, require, require_choices
 
-class ConfigError(ValueError):
-    """A setting is unknown or contradicts another; the message names it and says what to change."""
-
-
-def _require_choices(settings: Any, prefix: str = "") -> None:
-    """Refuse a value that its Literal type does not list."""
-    for name, kind in get_type_hints(type(settings)).items():
-        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        literals = [k for k in kinds if get_origin(k) is Literal]
-        if literals:
-            choices = [c for k in kinds for c in (get_args(k) if k in literals else [None])]
-            value = getattr(settings, name)
-            _require(value in choices, prefix + name, value, f"choose one of {', '.join(map(repr, choices))}")
-
-
-def _require(condition: bool, setting: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{setting}={value!r}: {remedy}")
-
-
-@dataclass(frozen=True)
-class YarnConfig:
-    """YaRN context extension of the decoupled rotary part (report 4.3)."""
-
-    factor: float = 40.0
-    """How many times longer the context becomes."""
-    original_length: int = 4096
-    """Sequence length the model was trained at before extension."""
-    beta_fast: float = 32.0
-    """Frequencies that turn more often than this over the original length are kept."""
-    beta_slow: float = 1.0
-    """Frequencies that turn less often than this over the original length are fully interpolated."""
-    mscale: float | None = 1.0
-    """Temperature of cos and sin, relative to `mscale_all_dim`. None: absent from the checkpoint."""
-    mscale_all_dim: float | None = 1.0
-    """Temperature of the softmax scale. None: absent, the softmax scale is not changed."""
-    attention_factor: float | None = None
-    """Multiplies cos and sin; None derives it from the two mscales."""
-    truncate: bool = True
-    """Round the ends of the interpolation ramp to whole frequencies."""
-
-    def __post_init__(self) -> None:
-        _require(self.factor >= 1, "yarn.factor", self.factor, "use a factor of at least 1")
-        _require(self.original_length > 0, "yarn.original_length", self.original_length, "use a positive length")
-        _require(
-            self.beta_fast > self.beta_slow,
-            "yarn.beta_fast",
-            self.beta_fast,
-            f"must be above yarn.beta_slow={self.beta_slow}",
-        )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a DeepSeek-V3 model (report 4.2). The defaults are small enough for a laptop."""
-
-    vocab_size: int = 4096
-    """Rows of the embedding and of the output head."""
-    d_model: int = 256
-    """Width of the residual stream."""
-    num_layers: int = 5
-    """Transformer layers of the main model, dense ones included."""
-    num_dense_layers: int = 1
-    """First layers, whose FFN is dense."""
-    d_ff: int = 768
-    """FFN width of the dense layers."""
-    num_heads: int = 8
-    """Attention heads."""
-    qk_nope_head_dim: int = 32
-    """Per-head query/key width without position."""
-    qk_rope_head_dim: int = 16
-    """Per-head query width, and shared key width, that carries RoPE."""
-    v_head_dim: int = 32
-    """Per-head value width."""
-    q_lora_rank: int | None = 128
-    """Width of the compressed query latent; None projects queries directly."""
-    kv_lora_rank: int = 64
-    """Width of the compressed key/value latent, which is what decoding caches."""
-    num_experts: int = 16
-    """Routed experts of a MoE layer."""
-    num_shared_experts: int = 1
-    """Experts that every token passes."""
-    d_ff_expert: int = 192
-    """FFN width of one expert."""
-    top_k: int = 4
-    """Routed experts a token passes."""
-    num_groups: int = 4
-    """Groups the routed experts are divided into."""
-    top_k_groups: int = 2
-    """Groups a token's experts may come from."""
-    routed_scaling_factor: float = 2.5
-    """Multiplies the normalized routing weights."""
-    normalize_top_k: bool = True
-    """Divide the selected routing weights by their sum."""
-    num_mtp_modules: int = 1
-    """Multi-token prediction depths (report 2.2)."""
-    rope_theta: float = 10000.0
-    """RoPE base."""
-    yarn: YarnConfig | None = None
-    """Context extension; None is plain RoPE."""
-    max_length: int = 4096
-    """Longest sequence the model is meant for."""
-    rms_norm_eps: float = 1e-6
-    """Added to the mean square in RMSNorm."""
-    init_std: float = 0.006
-    """Standard deviation of every weight matrix at initialization."""
-
-    def __post_init__(self) -> None:
-        positive = [
-            "vocab_size", "d_model", "num_layers", "d_ff", "num_heads", "qk_nope_head_dim", "qk_rope_head_dim",
-            "v_head_dim", "kv_lora_rank", "num_experts", "d_ff_expert", "top_k", "num_groups", "top_k_groups",
-            "max_length",
-        ]  # fmt: skip
-        for name in positive:
-            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
-        _require(
-            self.q_lora_rank is None or self.q_lora_rank > 0,
-            "model.q_lora_rank",
-            self.q_lora_rank,
-            "use a positive rank, or None for queries without compression",
-        )
-        _require(
-            self.num_shared_experts >= 0, "model.num_shared_experts", self.num_shared_experts, "cannot be negative"
-        )
-        _require(self.num_mtp_modules >= 0, "model.num_mtp_modules", self.num_mtp_modules, "cannot be negative")
-        _require(
-            self.qk_rope_head_dim % 2 == 0,
-            "model.qk_rope_head_dim",
-            self.qk_rope_head_dim,
-            "must be even: RoPE rotates pairs",
-        )
-        _require(
-            0 <= self.num_dense_layers <= self.num_layers,
-            "model.num_dense_layers",
-            self.num_dense_layers,
-            f"must lie between 0 and model.num_layers={self.num_layers}",
-        )
-        _require(
-            self.num_experts % self.num_groups == 0,
-            "model.num_experts",
-            self.num_experts,
-            f"must be a multiple of model.num_groups={self.num_groups}",
-        )
-        _require(
-            self.top_k_groups <= self.num_groups,
-            "model.top_k_groups",
-            self.top_k_groups,
-            f"a token cannot reach more than model.num_groups={self.num_groups} groups",
-        )
-        _require(
-            self.top_k <= self.reachable_experts,
-            "model.top_k",
-            self.top_k,
-            f"model.top_k_groups={self.top_k_groups} groups hold only {self.reachable_experts} experts: "
-            "lower top_k or raise top_k_groups",
-        )
-        _require(
-            self.num_groups == 1 or self.num_experts // self.num_groups >= 2,
-            "model.num_groups",
-            self.num_groups,
-            "a group's score is the sum of its two best experts, so a group needs at least 2: use fewer groups",
-        )
-        for name in ("init_std", "rope_theta", "rms_norm_eps", "routed_scaling_factor"):
-            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Per-head width of queries and keys."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Layers of the main model whose FFN is a mixture of experts."""
-        return self.num_layers - self.num_dense_layers
-
-    @property
-    def reachable_experts(self) -> int:
-        """Experts in the groups that one token may reach."""
-        return self.num_experts // self.num_groups * self.top_k_groups
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "LogConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "YarnConfig",
+    "from_dict",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -218,13 +55,13 @@ class DataConfig:
     it can go on with any number of processes that divides it. None is one a process, or as many as before."""
 
     def __post_init__(self) -> None:
-        _require(self.shuffle_rows > 0, "data.shuffle_rows", self.shuffle_rows, "must be positive; 1 keeps the order")
-        _require(self.streams is None or self.streams > 0, "data.streams", self.streams, "must be positive")
-        _require(bool(self.source), "data.source", self.source, "name a folder, a file, or 'stdlib'")
+        require(self.shuffle_rows > 0, "data.shuffle_rows", self.shuffle_rows, "must be positive; 1 keeps the order")
+        require(self.streams is None or self.streams > 0, "data.streams", self.streams, "must be positive")
+        require(bool(self.source), "data.source", self.source, "name a folder, a file, or 'stdlib'")
         for name in ("fim_rate", "split_rate"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"data.{name}", value, "must lie between 0 and 1")
-        _require(
+            require(0 <= value <= 1, f"data.{name}", value, "must lie between 0 and 1")
+        require(
             0 < self.validation_share < 1,
             "data.validation_share",
             self.validation_share,
@@ -266,23 +103,23 @@ class OptimizerConfig:
     """Decay per step of the average of the weights kept in host memory; None keeps none."""
 
     def __post_init__(self) -> None:
-        _require_choices(self, "optimizer.")
+        require_choices(self, "optimizer.")
         for name in ("warmup_tokens", "decayed_lr", "final_lr", "weight_decay"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "cannot be negative")
-        _require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
-        _require(self.peak_lr > 0, "optimizer.peak_lr", self.peak_lr, "must be positive")
+            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "cannot be negative")
+        require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
+        require(self.peak_lr > 0, "optimizer.peak_lr", self.peak_lr, "must be positive")
         order = ["warmup_tokens", "decay_start_tokens", "decay_end_tokens", "final_start_tokens"]
         for before, after in itertools.pairwise(order):
-            _require(
+            require(
                 getattr(self, before) <= getattr(self, after),
                 f"optimizer.{before}",
                 getattr(self, before),
                 f"must not come after optimizer.{after}={getattr(self, after)}",
             )
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
-        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive")
-        _require(
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
+        require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive")
+        require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             "optimizer.ema_decay",
             self.ema_decay,
@@ -311,7 +148,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            _require(getattr(self, f.name) >= 0, f"loss.{f.name}", getattr(self, f.name), "cannot be negative")
+            require(getattr(self, f.name) >= 0, f"loss.{f.name}", getattr(self, f.name), "cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -331,17 +168,17 @@ class BatchConfig:
     by whole microbatches."""
 
     def __post_init__(self) -> None:
-        _require(self.seq_len > 1, "batch.seq_len", self.seq_len, "must be at least 2")
+        require(self.seq_len > 1, "batch.seq_len", self.seq_len, "must be at least 2")
         for name in ("sequences", "start_sequences", "microbatch"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"batch.{name}", value, "must be positive")
-        _require(
+            require(value is None or value > 0, f"batch.{name}", value, "must be positive")
+        require(
             self.start_sequences is None or self.start_sequences <= self.sequences,
             "batch.start_sequences",
             self.start_sequences,
             f"must not exceed batch.sequences={self.sequences}",
         )
-        _require(
+        require(
             self.start_sequences is None or self.microbatch is not None,
             "batch.start_sequences",
             self.start_sequences,
@@ -349,13 +186,13 @@ class BatchConfig:
         )
         for name in ("sequences", "start_sequences"):
             value = getattr(self, name)
-            _require(
+            require(
                 value is None or value % self.rows_per_microbatch == 0,
                 f"batch.{name}",
                 value,
                 f"must be a multiple of batch.microbatch={self.microbatch}",
             )
-        _require(
+        require(
             (self.start_sequences is None) == (self.ramp_tokens == 0) and self.ramp_tokens >= 0,
             "batch.ramp_tokens",
             self.ramp_tokens,
@@ -415,17 +252,17 @@ class ParallelConfig:
     takes the activations of both."""
 
     def __post_init__(self) -> None:
-        _require_choices(self, "parallel.")
+        require_choices(self, "parallel.")
         for name in ("pipe", "data", "node", "gpu", "devices"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"parallel.{name}", value, "must be positive")
-        _require(
+            require(value is None or value > 0, f"parallel.{name}", value, "must be positive")
+        require(
             self.expert_buffer_factor >= 1,
             "parallel.expert_buffer_factor",
             self.expert_buffer_factor,
             "a balanced load needs a factor of at least 1",
         )
-        _require(self.start_timeout > 0, "parallel.start_timeout", self.start_timeout, "must be positive")
+        require(self.start_timeout > 0, "parallel.start_timeout", self.start_timeout, "must be positive")
 
     def shape(self, devices: int) -> dict[str, int]:
         """The size of each mesh axis on this many devices; raises ConfigError where they do not divide."""
@@ -435,14 +272,14 @@ class ParallelConfig:
         if data is None:
             data = max(1, devices // (self.pipe * self.node * gpu))
         total = self.pipe * data * self.node * gpu
-        _require(
+        require(
             total == devices,
             "parallel",
             f"pipe {self.pipe} x data {data} x node {self.node} x gpu {gpu}",
             f"is {total} devices, and there are {devices}: change parallel.pipe, parallel.data, parallel.node, "
             "parallel.gpu or parallel.devices",
         )
-        _require(
+        require(
             self.exchange != "hierarchical" or (self.node > 1 and gpu > 1),
             "parallel.exchange",
             self.exchange,
@@ -462,8 +299,8 @@ class CheckpointConfig:
     """Checkpoints kept."""
 
     def __post_init__(self) -> None:
-        _require(self.every > 0, "checkpoint.every", self.every, "must be positive")
-        _require(self.keep > 0, "checkpoint.keep", self.keep, "must be positive")
+        require(self.every > 0, "checkpoint.every", self.every, "must be positive")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -480,8 +317,8 @@ class LogConfig:
     """Held-out sequences that the final validation loss is measured on."""
 
     def __post_init__(self) -> None:
-        _require(self.sample_tokens >= 0, "log.sample_tokens", self.sample_tokens, "cannot be negative")
-        _require(self.validation_rows > 0, "log.validation_rows", self.validation_rows, "must be positive")
+        require(self.sample_tokens >= 0, "log.sample_tokens", self.sample_tokens, "cannot be negative")
+        require(self.validation_rows > 0, "log.validation_rows", self.validation_rows, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -516,28 +353,28 @@ class Config:
     """Stop after this many steps in a row with a non-finite loss or gradient."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require(self.steps > 0, "steps", self.steps, "must be positive")
-        _require(self.max_bad_steps > 0, "max_bad_steps", self.max_bad_steps, "must be positive")
-        _require(
+        require_choices(self)
+        require(self.steps > 0, "steps", self.steps, "must be positive")
+        require(self.max_bad_steps > 0, "max_bad_steps", self.max_bad_steps, "must be positive")
+        require(
             self.batch.seq_len <= self.model.max_length,
             "batch.seq_len",
             self.batch.seq_len,
             f"exceeds model.max_length={self.model.max_length}",
         )
-        _require(
+        require(
             self.batch.seq_len > self.model.num_mtp_modules + 1,
             "batch.seq_len",
             self.batch.seq_len,
             f"must exceed model.num_mtp_modules + 1 = {self.model.num_mtp_modules + 1}",
         )
-        _require(
+        require(
             not self.parallel.overlap_microbatches or self.parallel.pipe == 1,
             "parallel.overlap_microbatches",
             True,
             f"with parallel.pipe={self.parallel.pipe} the schedule pairs microbatches, as dualpipe does; leave it off",
         )
-        _require(
+        require(
             not self.parallel.overlap_microbatches or self.batch.sequences > self.batch.rows_per_microbatch,
             "parallel.overlap_microbatches",
             True,

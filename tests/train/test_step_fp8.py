@@ -1,14 +1,13 @@
 """The step in FP8: what is quantized when, what is kept and what travels, and that it trains like the one in bf16."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jaxpr_equations import equations
 
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.model.moe import LocalExchange
@@ -39,17 +38,6 @@ def make_config(precision: str, model: ModelConfig = MODEL, **parallel) -> Confi
         parallel=ParallelConfig(**(parallel or {"devices": 1})),
         precision=precision,
     )
-
-
-def equations(jaxpr: Jaxpr, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], jax.extend.core.JaxprEqn]]:
-    """All equations, and the names of the equations that they are nested in."""
-    for equation in jaxpr.eqns:
-        yield inside, equation
-        is_jaxpr = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)  # noqa: E731
-        for part in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
-            if is_jaxpr(part):
-                name = equation.primitive.name
-                yield from equations(part.jaxpr if isinstance(part, ClosedJaxpr) else part, (*inside, name))
 
 
 def traced(config: Config) -> list:

@@ -1,12 +1,11 @@
 """ZeRO-1: what each device holds is what the plan says, and weights and gradients are shared once a step."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
+from jaxpr_equations import equations
 
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
@@ -73,17 +72,6 @@ def test_eight_times_the_replicas_hold_an_eighth_of_the_state_each():
     assert planned(one).moments == 8 * planned(eight).moments
     assert planned(one).average == 8 * planned(eight).average
     assert planned(one).gradients == planned(eight).gradients
-
-
-def equations(jaxpr: Jaxpr, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], JaxprEqn]]:
-    """All equations, and the names of the equations that they are nested in."""
-    for equation in jaxpr.eqns:
-        yield inside, equation
-        is_jaxpr = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)  # noqa: E731
-        for part in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
-            if is_jaxpr(part):
-                name = equation.primitive.name
-                yield from equations(part.jaxpr if isinstance(part, ClosedJaxpr) else part, (*inside, name))
 
 
 def shares_floats(equation: JaxprEqn) -> bool:
