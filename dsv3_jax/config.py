@@ -240,13 +240,13 @@ class ParallelConfig:
     devices: int | None = None
     """Devices to use, over all processes; on CPU they are emulated by the command line. None takes all there are."""
     expert_buffer_factor: float = 2.0
-    """Rows a device can receive in the expert exchange, over a balanced load. A step that needs more is run again with
-    a larger buffer."""
+    """Rows a device can send another in the expert exchange, and compute with, over a balanced load. A step that needs
+    more is run again with a larger buffer."""
     start_timeout: float = 50.0
     """Seconds that the processes of a run wait for one another at its start."""
-    exchange: Literal["flat", "hierarchical"] | None = None
-    """How rows reach their experts: `flat` sends each to every expert's device; `hierarchical` to every node once, and
-    on inside it. None is `hierarchical` where there are several nodes of several GPUs."""
+    exchange: Literal["hierarchical", "flat"] = "hierarchical"
+    """How rows reach their experts: `hierarchical` sends each to every node once, and on to every device there; `flat`
+    straight to every device."""
     overlap_microbatches: bool = False
     """Run two microbatches side by side, so that the expert exchange of one can hide behind the products of the other;
     takes the activations of both."""
@@ -278,13 +278,6 @@ class ParallelConfig:
             f"pipe {self.pipe} x data {data} x node {self.node} x gpu {gpu}",
             f"is {total} devices, and there are {devices}: change parallel.pipe, parallel.data, parallel.node, "
             "parallel.gpu or parallel.devices",
-        )
-        require(
-            self.exchange != "hierarchical" or (self.node > 1 and gpu > 1),
-            "parallel.exchange",
-            self.exchange,
-            f"needs several nodes of several GPUs, and parallel.node x parallel.gpu is {self.node} x {gpu}; use "
-            "'flat', or None to let the mesh decide",
         )
         return {"pipe": self.pipe, "data": data, "node": self.node, "gpu": gpu}
 

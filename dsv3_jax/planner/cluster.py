@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from dsv3_jax.config import BatchConfig, Config, ConfigError, ModelConfig
-from dsv3_jax.parallel.expert_hierarchical import most_nodes
+from dsv3_jax.parallel.expert import most_nodes
 from dsv3_jax.parallel.schedule import Op, Schedule, make
 from dsv3_jax.parallel.simulate import ChunkTimes, Timeline, peak_activations, simulate, simulate_lockstep
 from dsv3_jax.planner.devices import Device
@@ -227,7 +227,7 @@ class ClusterPlan:
         return min(node, most_nodes(self.config.model, node) * self.config.parallel.expert_buffer_factor)
 
     @property
-    def _exchange(self) -> tuple[int, int, Products, str | None]:
+    def _exchange(self) -> tuple[int, int, Products, str]:
         return self.mesh["node"], self.mesh["gpu"], self.products, self.config.parallel.exchange
 
     def _memory(self, rank: int, activations: float) -> ClusterMemory:

@@ -18,8 +18,7 @@ from dsv3_jax.model.transformer import RouterBias
 from dsv3_jax.ops.quantize import E4M3
 from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import FP8Weight, Params, attach_slots, gradient_slots, weight_type
-from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
-from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange, most_nodes
+from dsv3_jax.parallel.expert import ExpertExchange, ReplicatedExperts, reach_of
 from dsv3_jax.parallel.mesh import batch_axes, expert_axes, pipe_axes, vary_over
 from dsv3_jax.parallel.sharding import Sharding, param_shardings
 from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_losses
@@ -97,9 +96,9 @@ def exchange_for(config: Config, mesh: Mesh, buffer_factor: float) -> Exchange:
         return LocalExchange()
     if not experts:
         return ReplicatedExperts(batch)
-    if len(experts) == 1 or config.parallel.exchange == "flat":
-        return FlatExchange(experts, batch, buffer_factor)
-    return HierarchicalExchange(*experts, batch, most_nodes(config.model, mesh.shape["node"]), buffer_factor)
+    levels = (experts,) if config.parallel.exchange == "flat" else tuple((axis,) for axis in experts)
+    reach = reach_of(config.model, tuple(math.prod(mesh.shape[axis] for axis in level) for level in levels))
+    return ExpertExchange(levels, reach, batch, buffer_factor)
 
 
 def _device_step(
