@@ -1,5 +1,6 @@
 """What the matrix kernels for Hopper share: operands in shared memory, who produces and consumes, walk and store."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,26 +47,26 @@ Implementation = Literal["reference", "mosaic_gpu"]
 
 def lowered_once(*static: str) -> Callable:
     """A decorator for what launches a kernel: a program that calls it many times with operands of one shape holds, and
-    compiles, it once. `static` names the arguments that are no arrays; they are given by name.
+    compiles, it once. `static` names the arguments that are no arrays.
 
     Under `shard_map` the kernel is traced apart: operands that vary between devices would make its references vary too,
     which Pallas refuses. Its results vary as the operands do.
     """
 
     def decorate(launch: Callable) -> Callable:
-        compiled = jax.jit(launch, static_argnames=static)
+        compiled, parameters = jax.jit(launch, static_argnames=static), inspect.signature(launch)
 
         @wraps(launch)
-        def run(*operands: Any, **named: Any) -> Any:
-            settings = {name: named.pop(name) for name in static if name in named}
-            leaves, tree = jax.tree.flatten((operands, named))
+        def run(*args: Any, **named: Any) -> Any:
+            given = parameters.bind(*args, **named).arguments
+            settings = {name: given.pop(name) for name in static if name in given}
+            leaves, tree = jax.tree.flatten(dict(given))
             axes = frozenset().union(*(jax.typeof(x).mat.varying for x in leaves))
             if not axes:
-                return compiled(*operands, **named, **settings)
+                return compiled(*args, **named)
 
             def flat(*leaves: Array) -> Any:
-                operands, named = jax.tree.unflatten(tree, leaves)
-                return compiled(*operands, **named, **settings)
+                return compiled(**jax.tree.unflatten(tree, leaves), **settings)
 
             like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
             traced, out = jax.make_jaxpr(flat, return_shape=True)(*like)

@@ -3,8 +3,9 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,11 @@ class Host:
         return stats.get("bytes_limit", 1e9)
 
 
-def compile_all(lowered: dict[Any, Lowered]) -> dict[Any, Compiled]:
-    """Compiles many programs at once: one takes a core for most of its time."""
+def compile_all(lowered: dict[Any, Lowered], **options: Any) -> dict[Any, Compiled]:
+    """Compiles many programs at once, with these options of XLA: one takes a core for most of its time."""
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
+        compiled = pool.map(lambda program: program.compile(options or None), lowered.values())
+        return dict(zip(lowered, compiled, strict=True))
 
 
 def tokens_of(config: Config, seed: int = 0) -> np.ndarray:
@@ -66,12 +68,12 @@ def lower_steps(configs: dict[Any, Config]) -> dict[Any, Lowered]:
 
 
 def run_steps(
-    config: Config, step: Compiled, steps: int, fresh: bool = False, around: Callable[[Any], Any] | None = None
+    config: Config, step: Compiled, steps: int, fresh: bool = False, around: AbstractContextManager | None = None
 ) -> tuple[float, list[StepReport]]:
     """Median seconds of a step after the first two, and all reports.
 
-    `fresh` gives every step tokens of its own; `around` is told the state and a function that runs a step, once at the
-    end. Raises RuntimeError where a step was not applied.
+    `fresh` gives every step tokens of its own; `around` holds one more step at the end. Raises RuntimeError where a
+    step was not applied.
     """
     state, seconds, reports = init_state(config, make_mesh(config)), [], []
     for index in range(steps + 2):
@@ -93,7 +95,8 @@ def with_parallel(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **changes))
 
 
-def print_table(title: str, headers: list[str], rows: list[list[str]]) -> None:
-    """Markdown, written at once so that a run that is cut short has what it measured."""
-    lines = [f"\n### {title}\n", f"| {' | '.join(headers)} |", f"|{'---|' * len(headers)}"]
-    print("\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]), flush=True)
+def print_table(title: str, headers: list[str], rows: Iterable[list[str]]) -> None:
+    """Markdown; each row as soon as it is measured, so that a run that is cut short has what it measured."""
+    print(f"\n### {title}\n", f"| {' | '.join(headers)} |", f"|{'---|' * len(headers)}", sep="\n", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)

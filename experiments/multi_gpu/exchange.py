@@ -148,8 +148,8 @@ def _travelling(x: Array, precision: str, on_mesh: Callable) -> Any:
 def measure_layer(host: Host) -> None:
     """Prints one MoE layer with four experts a device: router, exchange, routed and shared experts."""
     tokens = 256 if host.tiny else 4096
-    model = replace(TINY if host.tiny else V3, num_experts=4 * host.devices)
-    model = replace(model, num_groups=host.devices, top_k_groups=max(2, host.devices // 2))
+    groups = {"num_groups": host.devices, "top_k_groups": max(2, host.devices // 2)}
+    model = replace(TINY if host.tiny else V3, num_experts=4 * host.devices, **groups)
     names = [(p, name) for p in ("bf16", "fp8") for name in topologies(host)]
     layers = {key: _layer(host, model, tokens, key[0], topologies(host)[key[1]]) for key in names}
     compiled = compile_all(

@@ -1,6 +1,7 @@
 """Whole training steps: the small MoE, two microbatches side by side, pipelines against their plan, and equality."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dsv3_jax.cli import load_config
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.program import exchange_overlaps
-from dsv3_jax.parallel.trace import exchange_time, read_kernels
+from dsv3_jax.parallel.trace import ExchangeTime, exchange_time, read_kernels
 from dsv3_jax.planner.cluster import mean_state, plan_cluster
 from dsv3_jax.planner.devices import Device, load_device
 from dsv3_jax.planner.flops import training_flops_per_token_with_mtp
@@ -57,35 +58,36 @@ def measure_training(host: Host, precisions: list[str], steps: int) -> None:
 
     The profile of a step says how much of the exchange ran beside products, the compiled program how much could.
     """
-    configs = {(p, name): _overlapped(small_moe(host, p), name) for p in precisions for name in ("one by one", "two")}
-    programs = compile_all(lower_steps(configs))
-    table = []
-    for (precision, name), config in configs.items():
-        program, folder = programs[precision, name], Path("profile") / f"{precision}_{name.replace(' ', '_')}"
-        seconds, reports = run_steps(config, program, steps, around=_profile(host, folder))
-        tokens = config.batch.sequences * config.batch.seq_len / seconds / host.devices
-        flops = training_flops_per_token_with_mtp(config.model, config.batch.seq_len)
-        found = exchange_overlaps(program.as_text())
-        started = [x for x in found if x.during is not None]
-        load = max(float(np.max(x / x.mean(axis=-1, keepdims=True))) for x in reports[-1].losses.load.values())
-        cells = [f"{1e3 * seconds:.0f}", f"{tokens:,.0f}", f"{tokens * flops / _peak(host):.1%}", f"{load:.2f}"]
-        cells += [f"{sum(x.during > 0 for x in started)} of {len(found)}", *_hidden(host, folder)]
-        table.append([precision, name, *cells])
-    model = next(iter(configs.values())).model
+    layers = small_moe(host, "bf16").model.num_layers
     print_table(
-        f"configs/moe_16b.py with {model.num_layers} layers, {4 * host.devices} sequences of 4096 a step, experts over "
+        f"configs/moe_16b.py with {layers} layers, {4 * host.devices} sequences of 4096 a step, experts over "
         f"{host.devices} GPUs",
         ["precision", "microbatches", "ms a step", "tokens/s a GPU", "MFU", "busiest expert",
          "exchanges beside products, in the program", "exchange ms", "of it hidden"],
-        table,
+        (row for precision in precisions for row in _training_rows(host, precision, steps)),
     )  # fmt: skip
+
+
+def _training_rows(host: Host, precision: str, steps: int) -> Iterator[list[str]]:
+    configs = {name: _overlapped(small_moe(host, precision), name) for name in ("one by one", "two")}
+    programs = compile_all(lower_steps(configs))
+    for name, config in configs.items():
+        folder = Path("profile") / f"{precision}_{name.replace(' ', '_')}"
+        seconds, reports = run_steps(config, programs[name], steps, around=_profile(host, folder))
+        tokens = config.batch.sequences * config.batch.seq_len / seconds / host.devices
+        flops = training_flops_per_token_with_mtp(config.model, config.batch.seq_len)
+        found = exchange_overlaps(programs[name].as_text())
+        beside = sum(bool(x.during) for x in found)
+        load = max(float(np.max(x / x.mean(axis=-1, keepdims=True))) for x in reports[-1].losses.load.values())
+        cells = [f"{1e3 * seconds:.0f}", f"{tokens:,.0f}", f"{tokens * flops / _peak():.1%}", f"{load:.2f}"]
+        yield [precision, name, *cells, f"{beside} of {len(found)}", *_hidden(host, folder)]
 
 
 def _overlapped(config: Config, name: str) -> Config:
     return with_parallel(config, overlap_microbatches=name == "two")
 
 
-def _profile(host: Host, folder: Path) -> Any:
+def _profile(host: Host, folder: Path) -> AbstractContextManager:
     return nullcontext() if host.tiny else jax.profiler.trace(str(folder))
 
 
@@ -94,7 +96,7 @@ def _hidden(host: Host, folder: Path) -> list[str]:
     if host.tiny:
         return ["-", "-"]
     times = [exchange_time(kernels) for kernels in read_kernels(folder).values()]
-    longest = max(times, key=lambda time: time.exchange)
+    longest = max(times, key=lambda time: time.exchange, default=ExchangeTime(0, 0, 0))
     return [f"{1e3 * longest.exchange:.0f}", f"{longest.hidden / max(longest.exchange, 1e-9):.0%}"]
 
 
@@ -144,7 +146,7 @@ def plan_device() -> Device:
     return replace(device, achieved=device.achieved | fast)
 
 
-def _peak(host: Host) -> float:
+def _peak() -> float:
     return plan_device().peak["bf16"]
 
 
@@ -159,7 +161,7 @@ def check_equal(host: Host, steps: int) -> None:
     configs = {"one": _equality_config(host, {}, 1)}
     configs |= {name: _equality_config(host, mesh, host.devices) for name, mesh in meshes.items()}
     with jax.default_matmul_precision("highest"):
-        programs = compile_all(lower_steps(configs))
+        programs = compile_all(lower_steps(configs), xla_gpu_autotune_level=0)  # which takes minutes in float32
     losses, biases = {}, {}
     for name, config in configs.items():
         _, reports = run_steps(config, programs[name], steps, fresh=True)
