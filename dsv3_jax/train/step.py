@@ -20,7 +20,8 @@ from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import FP8Weight, Params, attach_slots, gradient_slots, weight_type
 from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
 from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange, most_nodes
-from dsv3_jax.parallel.mesh import batch_axes, expert_axes, pipe_axes, vary_over
+from dsv3_jax.parallel.mesh import vary_over
+from dsv3_jax.parallel.placement import batch_axes, expert_axes, pipe_axes
 from dsv3_jax.parallel.sharding import Sharding, param_shardings
 from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_losses
 from dsv3_jax.train.optimizer import adamw_update
@@ -59,7 +60,7 @@ def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None, re
     precision="fp8"; None is the report's.
     """
     specs = state_specs(config, mesh)
-    tokens_spec = PartitionSpec(None, batch_axes(mesh))
+    tokens_spec = PartitionSpec(None, batch_axes(mesh.shape))
     step = jax.shard_map(
         partial(_device_step, config, mesh, buffer_factor or config.parallel.expert_buffer_factor, recipe or Recipe()),
         mesh=mesh,
@@ -80,7 +81,7 @@ def make_evaluation(config: Config, mesh: Mesh) -> Evaluation:
     Rows are split over the mesh.
     """
     specs = state_specs(config, mesh)
-    rows = PartitionSpec(batch_axes(mesh))
+    rows = PartitionSpec(batch_axes(mesh.shape))
     evaluate = jax.shard_map(
         partial(_device_evaluation, config, mesh),
         mesh=mesh,
@@ -92,7 +93,7 @@ def make_evaluation(config: Config, mesh: Mesh) -> Evaluation:
 
 def exchange_for(config: Config, mesh: Mesh, buffer_factor: float) -> Exchange:
     """The expert exchange of a mesh; nothing is exchanged where every device has all experts."""
-    experts, batch = expert_axes(mesh), batch_axes(mesh)
+    experts, batch = expert_axes(mesh.shape), batch_axes(mesh.shape)
     if not batch:
         return LocalExchange()
     if not experts:
@@ -112,8 +113,8 @@ def _device_step(
     knobs: Knobs,
 ) -> tuple[TrainState, StepReport]:
     graphdef, shapes = model_structure(config.model)
-    axes = batch_axes(mesh)
-    pipe = pipe_axes(mesh)
+    axes = batch_axes(mesh.shape)
+    pipe = pipe_axes(mesh.shape)
     pipeline = plan_pipeline(config, tokens.shape[0]) if pipe else None
     held = pipeline and {kind: layout.held for kind, layout in pipeline.layouts.items()}
     shardings = param_shardings(shapes, mesh, held)
@@ -233,8 +234,8 @@ def _device_evaluation(
     # A device may receive any load here: evaluation has no second try.
     exchange = exchange_for(config, mesh, buffer_factor=float(mesh.size * config.model.num_experts))
     model = nnx.merge(graphdef, compute)
-    axes = batch_axes(mesh)
+    axes = batch_axes(mesh.shape)
     loss = held_out_loss(model, tokens, row_weights, _vary_all(router_bias, axes), exchange)
     loss = jax.lax.psum(loss, axes) if axes else loss
     # Every rank of a pipeline has computed with the whole model.
-    return jax.lax.pmean(loss, pipe_axes(mesh)) if pipe_axes(mesh) else loss
+    return jax.lax.pmean(loss, pipe_axes(mesh.shape)) if pipe_axes(mesh.shape) else loss

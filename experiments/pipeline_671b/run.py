@@ -2,7 +2,8 @@
 
     python experiments/pipeline_671b/run.py [SCHEDULE]
 
-Prints how long both take, and the bytes of training state on each device beside what the planner says.
+Prints how long both take, and the bytes that each device is called with beside what the planner says; fails where these
+differ.
 """
 
 import dataclasses
@@ -19,8 +20,7 @@ from dsv3_jax.cli import load_config
 from dsv3_jax.config import Config, ParallelConfig
 from dsv3_jax.model.transformer import initial_router_bias
 from dsv3_jax.parallel.pipeline_stages import check_pipeline
-from dsv3_jax.planner.cluster import plan_cluster
-from dsv3_jax.planner.devices import load_device
+from dsv3_jax.planner.memory import argument_bytes, state_memory
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.optimizer import init_moments
 from dsv3_jax.train.state import TrainState, model_structure, state_shardings
@@ -59,14 +59,14 @@ def abstract_mesh() -> AbstractMesh:
     return AbstractMesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(AxisType.Auto,) * len(SHAPE))
 
 
-def planned_bytes(config: Config) -> float:
-    """What the planner gives the optimizer, mean of the ranks: the step spreads it over all alike."""
-    memory = plan_cluster(config, load_device("h800"), SHAPE, config.parallel.schedule).memory
-    return sum(rank.optimizer for rank in memory) / len(memory)
+def called_with(traced: jax.stages.Traced) -> int:
+    """Bytes of all arguments of what one device runs, from the traced program."""
+    (step,) = (equation for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in step.params["jaxpr"].invars)
 
 
 def main(schedule: str) -> None:
-    """Prints times and bytes."""
+    """Prints times and bytes. Raises SystemExit where the planner's are others."""
     config, mesh = pipelined(schedule), abstract_mesh()
     check_pipeline(config)
     state, number = abstract_state(config, mesh), jax.ShapeDtypeStruct((), jnp.float32)
@@ -78,7 +78,12 @@ def main(schedule: str) -> None:
     middle = time.perf_counter()
     traced.lower(lowering_platforms=("cuda",))
     print(f"{schedule}: traced in {middle - start:.1f} s, lowered in {time.perf_counter() - middle:.1f} s")
-    print(f"bytes of state on each device: {bytes_per_device(state):,}; planned: {planned_bytes(config):,.0f}")
+    held, planned = bytes_per_device(state), state_memory(config, SHAPE).total
+    arguments, planned_arguments = called_with(traced), argument_bytes(config, SHAPE)
+    print(f"bytes of state on each device: {held:,}; planned: {planned:,}")
+    print(f"bytes of all arguments, tokens and knobs too: {arguments:,}; planned: {planned_arguments:,}")
+    if (held, arguments) != (planned, planned_arguments):
+        raise SystemExit("the planner and the step differ")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, P
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.pipeline_table import make_table
 from dsv3_jax.parallel.schedule import make
+from dsv3_jax.planner.memory import argument_bytes
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import Knobs, make_step
@@ -27,9 +28,8 @@ MICROBATCHES, ROWS, SEQ = 4, 4, 16
 KNOBS = Knobs(jnp.float32(1e-3), jnp.float32(1e-3), LossWeights(jnp.float32(0.3), jnp.float32(1e-2), jnp.float32(1e-2)))
 
 
-def compiled(microbatches, model=MODEL, recompute="report", **parallel):
-    """The step, and the state and tokens to call it with."""
-    config = Config(
+def make_config(microbatches, model=MODEL, recompute="report", **parallel):
+    return Config(
         model=model,
         recompute=recompute,
         batch=BatchConfig(seq_len=SEQ, sequences=microbatches * ROWS, microbatch=ROWS),
@@ -38,6 +38,11 @@ def compiled(microbatches, model=MODEL, recompute="report", **parallel):
         parallel=ParallelConfig(expert_buffer_factor=4.0, **parallel),
         precision="fp32",
     )
+
+
+def compiled(microbatches, **settings):
+    """The step, and the state and tokens to call it with."""
+    config = make_config(microbatches, **settings)
     mesh = make_mesh(config)
     state = init_state(config, mesh)
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (microbatches, ROWS, SEQ)).astype(np.int32)
@@ -59,6 +64,9 @@ def one_device():
 )
 def test_step_is_that_of_one_device_and_its_memory_does_not_grow(one_device, kind, mesh, most):
     step, state, tokens = compiled(MICROBATCHES, schedule=kind, **mesh)
+    sizes = {"data": 1, "node": 1, "gpu": 1} | mesh
+    planned = argument_bytes(make_config(MICROBATCHES, schedule=kind, **mesh), sizes)
+    assert step.memory_analysis().argument_size_in_bytes == planned
     new, report = jax.device_get(step(state, tokens, KNOBS))
     expected_state, expected = one_device
     assert report.applied
