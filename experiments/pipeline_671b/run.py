@@ -59,10 +59,14 @@ def abstract_mesh() -> AbstractMesh:
     return AbstractMesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(AxisType.Auto,) * len(SHAPE))
 
 
-def called_with(traced: jax.stages.Traced) -> int:
-    """Bytes of all arguments of what one device runs, from the traced program."""
+def called_with(traced: jax.stages.Traced) -> tuple[int, int]:
+    """Bytes of the step's arguments as one device gets them, and of what it reads besides: constants of the program."""
     (step,) = (equation for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in step.params["jaxpr"].invars)
+    arguments = {id(v) for v in traced.jaxpr.invars}
+    found = [0, 0]
+    for outside, inside in zip(step.invars, step.params["jaxpr"].invars, strict=True):
+        found[id(outside) not in arguments] += math.prod(inside.aval.shape) * inside.aval.dtype.itemsize
+    return found[0], found[1]
 
 
 def main(schedule: str) -> None:
@@ -79,9 +83,10 @@ def main(schedule: str) -> None:
     traced.lower(lowering_platforms=("cuda",))
     print(f"{schedule}: traced in {middle - start:.1f} s, lowered in {time.perf_counter() - middle:.1f} s")
     held, planned = bytes_per_device(state), state_memory(config, SHAPE).total
-    arguments, planned_arguments = called_with(traced), argument_bytes(config, SHAPE)
+    (arguments, constants), planned_arguments = called_with(traced), argument_bytes(config, SHAPE)
     print(f"bytes of state on each device: {held:,}; planned: {planned:,}")
     print(f"bytes of all arguments, tokens and knobs too: {arguments:,}; planned: {planned_arguments:,}")
+    print(f"bytes of the program's constants, the schedule's table: {constants:,}")
     if (held, arguments) != (planned, planned_arguments):
         raise SystemExit("the planner and the step differ")
 
