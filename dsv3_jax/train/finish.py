@@ -63,6 +63,8 @@ def validation_loss(config: Config, run: Finished, params: Params) -> float:
 
     rows, total = run.text.validation, 0.0
     size = config.batch.rows_per_microbatch
+    if config.parallel.pipe > 1:
+        size *= -(-len(rows) // size)  # all at once, so that the pipeline fills but once
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
         # A short last batch is filled up with rows that weigh nothing.
