@@ -7,8 +7,8 @@ that wrote one would copy it whole.
 
 Stages are loops over the layers that a rank holds, from its first to its last, so that one program fits stages of any
 size. Embedding and tail (final norm, head, MTP modules) run on the ranks of the first and last stage only; the tail
-runs forward and backward at once, when the last stage's backward begins. Evaluation takes the same stages and pools with
-forwards alone: nothing is kept, and the tail follows the last stage's forward.
+runs forward and backward at once, when the last stage's backward begins. Evaluation has forwards alone: nothing is
+kept, and the tail follows the last stage's forward.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ MICROBATCHES, ROWS, SEQ = 4, 4, 16
 KNOBS = Knobs(jnp.float32(1e-3), jnp.float32(1e-3), LossWeights(jnp.float32(0.3), jnp.float32(1e-2), jnp.float32(1e-2)))
 
 
-def make_config(microbatches, model=MODEL, recompute="report", **parallel):
+def make_config(microbatches, model=MODEL, recompute="report", precision="fp32", **parallel):
     return Config(
         model=model,
         recompute=recompute,
@@ -36,7 +36,7 @@ def make_config(microbatches, model=MODEL, recompute="report", **parallel):
         # Without clipping the first moments are a tenth of the gradients.
         optimizer=OptimizerConfig(warmup_tokens=1, clip_norm=1e9, moments="float32"),
         parallel=ParallelConfig(expert_buffer_factor=4.0, **parallel),
-        precision="fp32",
+        precision=precision,
     )
 
 
