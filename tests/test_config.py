@@ -60,6 +60,7 @@ REFUSED: list[tuple[Callable[..., object], dict[str, object], str, str]] = [
     (BatchConfig, {"sequences": 0}, "batch.sequences=0", "must be positive"),
     (BatchConfig, {"microbatch": 0}, "batch.microbatch=0", "must be positive"),
     (BatchConfig, {"start_sequences": 16, "microbatch": 8}, "batch.start_sequences=16", "batch.sequences=8"),
+    (BatchConfig, {"ramp_microbatches": 2}, "batch.ramp_microbatches=2", "set batch.start_sequences"),
     (BatchConfig, {"start_sequences": 4}, "batch.start_sequences=4", "needs batch.microbatch"),
     (BatchConfig, {"microbatch": 3}, "batch.sequences=8", "a multiple of batch.microbatch=3"),
     (BatchConfig, {"start_sequences": 2, "microbatch": 4}, "batch.start_sequences=2", "batch.microbatch=4"),

@@ -27,14 +27,15 @@ def make_mesh(config: Config) -> Mesh:
             f"fewer processes, or use all {len(there)} devices"
         )
     shape = config.parallel.shape(len(devices))
-    _check_divides(config, shape)
-    if shape["pipe"] > 1:
-        check_pipeline(config)
+    check_shape(config, shape)
     grid = np.asarray(devices).reshape(tuple(shape.values()))
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def _check_divides(config: Config, shape: dict[str, int]) -> None:
+def check_shape(config: Config, shape: dict[str, int]) -> None:
+    """Raises ConfigError where experts, sequences, layers or microbatches do not divide over a mesh of these sizes."""
+    if shape["pipe"] > 1:
+        check_pipeline(config)
     group = shape["node"] * shape["gpu"]
     if config.model.num_experts % group:
         raise ConfigError(

@@ -30,22 +30,24 @@ class Layout:
 def schedule_of(config: Config, microbatches: int) -> Schedule:
     """The schedule of a step of so many microbatches. Raises ConfigError where it does not work with that number or
     with the ranks."""
-    name, ranks = config.parallel.schedule, config.parallel.pipe
+    name, ranks, batch = config.parallel.schedule, config.parallel.pipe, config.batch
+    grows = microbatches < batch.sequences // batch.rows_per_microbatch
+    if name == "dualpipe" and grows and microbatches < 2 * ranks:
+        name = "dualpipe_lockstep"  # the same stages on the same ranks, in an order that any even number fits
     try:
         return make(name, ranks, microbatches)
     except ValueError as error:
         raise ConfigError(
             f"parallel.schedule={name!r}: {error} (ranks is parallel.pipe; microbatches is batch.sequences / "
-            "batch.microbatch, and where the batch grows any number from the first batch's on)"
+            "batch.microbatch; where the batch grows, batch.start_sequences / batch.microbatch and on from there by "
+            "batch.ramp_microbatches)"
         ) from error
 
 
 def check_pipeline(config: Config) -> None:
     """Raises ConfigError for a pipeline that some step of the run could not use."""
-    batch = config.batch
-    first = (batch.start_sequences or batch.sequences) // batch.rows_per_microbatch
-    for microbatches in range(first, batch.sequences // batch.rows_per_microbatch + 1):
-        schedule = schedule_of(config, microbatches)
+    for sequences in config.batch.sizes:
+        schedule = schedule_of(config, sequences // config.batch.rows_per_microbatch)
     stage_bounds(config.model, schedule.stages)
 
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from dsv3_jax.cli import load_config
-from dsv3_jax.config import Config, ParallelConfig
+from dsv3_jax.config import Config
 from dsv3_jax.model.transformer import initial_router_bias
-from dsv3_jax.parallel.pipeline_stages import check_pipeline
+from dsv3_jax.parallel.mesh import check_shape
 from dsv3_jax.planner.memory import argument_bytes, state_memory
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.optimizer import init_moments
@@ -44,14 +44,9 @@ def bytes_per_device(state: TrainState) -> int:
 
 
 def pipelined(schedule: str) -> Config:
-    """The 671B run on 16 pipeline ranks."""
+    """The 671B run in another order of its 16 pipeline ranks."""
     config = load_config(str(Path(__file__).parents[2] / "configs" / "v3_671b.py"))
-    return dataclasses.replace(
-        config,
-        # The whole batch from the start: dualpipe takes an even number of microbatches, and the ramp grows by one.
-        batch=dataclasses.replace(config.batch, start_sequences=None, ramp_tokens=0.0),
-        parallel=ParallelConfig(schedule=schedule, **SHAPE),
-    )
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, schedule=schedule))
 
 
 def abstract_mesh() -> AbstractMesh:
@@ -72,7 +67,7 @@ def called_with(traced: jax.stages.Traced) -> tuple[int, int]:
 def main(schedule: str) -> None:
     """Prints times and bytes. Raises SystemExit where the planner's are others."""
     config, mesh = pipelined(schedule), abstract_mesh()
-    check_pipeline(config)
+    check_shape(config, SHAPE)
     state, number = abstract_state(config, mesh), jax.ShapeDtypeStruct((), jnp.float32)
     knobs = Knobs(number, number, LossWeights(number, number, number))
     rows = config.batch.rows_per_microbatch

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import BatchConfig, Config, ConfigError, ModelConfig, ParallelConfig
-from dsv3_jax.parallel.pipeline_stages import check_pipeline, cut, layouts, stage_bounds
-from dsv3_jax.parallel.schedule import make
+from dsv3_jax.parallel.mesh import check_shape
+from dsv3_jax.parallel.pipeline_stages import check_pipeline, cut, layouts, schedule_of, stage_bounds
+from dsv3_jax.parallel.pipeline_table import make_table
+from dsv3_jax.parallel.schedule import check, make
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -65,7 +67,7 @@ def test_671b_model_on_16_ranks_pads_no_rank_beyond_the_fullest_stage():
         (
             {"pipe": 2, "schedule": "dualpipe"},
             {"sequences": 12, "start_sequences": 8, "ramp_tokens": 1e6},
-            "microbatches=5.*even number",
+            "microbatches=5.*even number.*batch.ramp_microbatches",
         ),
     ],
 )
@@ -73,3 +75,24 @@ def test_a_pipeline_that_cannot_run_is_refused_with_its_remedy(parallel, batch, 
     batch = {"sequences": 8, "microbatch": 2} | batch
     with pytest.raises(ConfigError, match=remedy):
         check_pipeline(Config(model=ModelConfig(), batch=BatchConfig(**batch), parallel=ParallelConfig(**parallel)))
+
+
+def test_the_671b_run_works_on_2048_devices_with_every_batch_of_its_ramp():
+    config = runpy.run_path(str(CONFIGS / "v3_671b.py"))["config"]()
+    shape = config.parallel.shape(2048)
+    assert shape == {"pipe": 16, "data": 2, "node": 8, "gpu": 8}
+    check_shape(config, shape)
+    batch, tokens, taken = config.batch, 0, []
+    while not taken or taken[-1] < batch.sequences:
+        taken.append(batch.sequences_at(tokens))
+        tokens += taken[-1] * batch.seq_len
+    assert sorted(set(taken)) == batch.sizes
+    kinds = {}
+    for sequences in batch.sizes:
+        schedule = schedule_of(config, sequences // batch.microbatch)
+        check(schedule)
+        kinds.setdefault(schedule.kind, []).append(schedule.microbatches)
+        assert schedule.rank_of.tolist() == make("dualpipe", 16, 32).rank_of.tolist()
+    assert kinds == {"dualpipe_lockstep": [24, 26, 28, 30], "dualpipe": list(range(32, 121, 2))}
+    for microbatches in (24, 120):
+        assert len(make_table(schedule_of(config, microbatches)).columns["work"]) < 2 * microbatches + 40

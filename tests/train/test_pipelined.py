@@ -109,3 +109,25 @@ def test_weight_gradients_wait_and_nothing_is_computed_twice():
     pipelined = compiled(MICROBATCHES, devices=2, pipe=2, schedule="zb1p", **small)[0]
     np.testing.assert_allclose(multiplications(pipelined.as_text(), branches), expected, rtol=0.01)
     assert work[False, "I", False] > work[False, "", True] > work[True, "", False] > 0
+
+
+def test_step_in_fp8_is_that_of_the_same_mesh_without_a_pipeline():
+    """Weights in blocks, kept inputs, deferred products and rows that travel, all in FP8, on stages of two sizes."""
+    # One kind of layers compiles in half the time; its shared expert is what a dense layer's FFN is.
+    model, reports = dataclasses.replace(MODEL, num_layers=3, num_dense_layers=0), []
+    for parallel in ({"devices": 2}, {"devices": 4, "pipe": 2, "schedule": "dualpipe"}):
+        step, state, tokens = compiled(MICROBATCHES, model=model, precision="fp8", gpu=2, **parallel)
+        reports.append(jax.device_get(step(state, tokens, KNOBS)))
+    (expected_state, expected), (new, report) = reports
+    assert report.applied
+    # The same tensors are quantized in the same tiles; what differs is the order of sums over microbatches and both
+    # directions in float32, and where the compiler fuses.
+    for name in ("loss", "mtp_loss", "sequence_balance", "batch_balance"):
+        got, want = (getattr(r.losses, name) for r in (report, expected))
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, new.router_bias, expected_state.router_bias)
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=str(path)),
+        new.moments.mu,
+        expected_state.moments.mu,
+    )
