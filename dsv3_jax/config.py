@@ -281,6 +281,12 @@ class ParallelConfig:
             self.expert_buffer_factor,
             "a balanced load needs a factor of at least 1",
         )
+        require(
+            self.pipe > 1 or self.schedule == "1f1b",
+            "parallel.schedule",
+            self.schedule,
+            "orders the ranks of a pipeline, and parallel.pipe=1 is none; set parallel.pipe, or leave it out",
+        )
         require(self.start_timeout > 0, "parallel.start_timeout", self.start_timeout, "must be positive")
 
     def shape(self, devices: int) -> dict[str, int]:

@@ -66,6 +66,7 @@ REFUSED: list[tuple[Callable[..., object], dict[str, object], str, str]] = [
     (BatchConfig, {"start_sequences": 2, "microbatch": 4}, "batch.start_sequences=2", "batch.microbatch=4"),
     (ParallelConfig, {"node": 0}, "parallel.node=0", "must be positive"),
     (ParallelConfig, {"pipe": 0}, "parallel.pipe=0", "must be positive"),
+    (ParallelConfig, {"schedule": "zb1p"}, "parallel.schedule='zb1p'", "parallel.pipe=1 is none; set parallel.pipe"),
     (ParallelConfig, {"schedule": "2f2b"}, "parallel.schedule='2f2b'", "'dualpipe'"),
     (ParallelConfig, {"devices": -1}, "parallel.devices=-1", "must be positive"),
     (ParallelConfig, {"expert_buffer_factor": 0.5}, "parallel.expert_buffer_factor=0.5", "at least 1"),

@@ -18,7 +18,7 @@ from dsv3_jax.launch.training import Training
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/v3_671b.py")
-MESH = ["--parallel.pipe", "1", "--parallel.node", "8", "--parallel.gpu", "8"]
+MESH = ["--parallel.pipe", "1", "--parallel.schedule", "1f1b", "--parallel.node", "8", "--parallel.gpu", "8"]
 TOLD = {"JAX_COORDINATOR_ADDRESS": "n1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "gpu[07-10]", "SLURM_NTASKS": "32", "SLURM_PROCID": "9",
          "SLURM_LOCALID": "1"}  # fmt: skip

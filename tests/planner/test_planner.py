@@ -270,7 +270,7 @@ def test_mesh_that_cannot_hold_the_experts_is_refused(v3: Config) -> None:
 
 def test_memory_is_planned_only_for_a_known_number_of_devices(v3: Config, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(v3).memory is None
-    known = dataclasses.replace(v3, parallel=dataclasses.replace(v3.parallel, pipe=1, devices=128))
+    known = dataclasses.replace(v3, parallel=dataclasses.replace(v3.parallel, pipe=1, schedule="1f1b", devices=128))
     assert plan(known).mesh == {"pipe": 1, "data": 2, "node": 8, "gpu": 8}
     print_plan(known)
     out = capsys.readouterr().out
