@@ -19,10 +19,14 @@ from jax.sharding import AbstractMesh, AxisType
 from dsv3_jax.cli import load_config
 from dsv3_jax.config import Config
 from dsv3_jax.model.transformer import initial_router_bias
+from dsv3_jax.model_shapes import leaf_shapes, tree_shapes
 from dsv3_jax.parallel.mesh import check_shape
+from dsv3_jax.planner.cluster import plan_cluster
+from dsv3_jax.planner.devices import load_device
 from dsv3_jax.planner.memory import argument_bytes, state_memory
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.optimizer import init_moments
+from dsv3_jax.train.pipelined import plan_pipeline
 from dsv3_jax.train.state import TrainState, model_structure, state_shardings
 from dsv3_jax.train.step import Knobs, make_step
 
@@ -54,6 +58,17 @@ def abstract_mesh() -> AbstractMesh:
     return AbstractMesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(AxisType.Auto,) * len(SHAPE))
 
 
+def held_parameters(config: Config) -> int:
+    """Parameters that each device computes with: ends, and on every rank as many layers of a kind as on the fullest."""
+    microbatches = config.batch.sequences // config.batch.rows_per_microbatch
+    layouts, group = plan_pipeline(config, microbatches).layouts, SHAPE["node"] * SHAPE["gpu"]
+    total = 0
+    for path, shape in leaf_shapes(tree_shapes(config.model)["params"]):
+        layers = layouts[path[0]].held.shape[1] / shape[0] if path[0] in layouts else 1
+        total += round(math.prod(shape) * layers) // (group if "experts" in path else 1)
+    return total
+
+
 def called_with(traced: jax.stages.Traced) -> tuple[int, int]:
     """Bytes of the step's arguments as one device gets them, and of what it reads besides: constants of the program."""
     (step,) = (equation for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
@@ -82,6 +97,15 @@ def main(schedule: str) -> None:
     print(f"bytes of state on each device: {held:,}; planned: {planned:,}")
     print(f"bytes of all arguments, tokens and knobs too: {arguments:,}; planned: {planned_arguments:,}")
     print(f"bytes of the program's constants, the schedule's table: {constants:,}")
+    fullest = max(
+        memory.weights + memory.gradients
+        for memory in plan_cluster(config, load_device("h800"), SHAPE, schedule).memory
+    )
+    # A float32 gradient, and BF16 or FP8 in two layouts.
+    print(
+        f"GB of weights and gradients: {6e-9 * held_parameters(config):.1f} on every rank; planned for the fullest: "
+        f"{1e-9 * fullest:.1f}"
+    )
     if (held, arguments) != (planned, planned_arguments):
         raise SystemExit("the planner and the step differ")
 

@@ -15,3 +15,5 @@ def test_every_device_holds_the_planned_share_of_the_state():
     held = run["bytes_per_device"](run["abstract_state"](config, run["abstract_mesh"]()))
     planned = plan_cluster(config, load_device("h800"), run["SHAPE"], "dualpipe")
     assert {memory.optimizer for memory in planned.memory} == {held}
+    # Weights and float32 gradients of whole layers: no less than the plan, which knows each rank's own.
+    assert 6 * run["held_parameters"](config) > max(memory.weights + memory.gradients for memory in planned.memory)
