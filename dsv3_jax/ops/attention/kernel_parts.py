@@ -36,34 +36,54 @@ def following(slot: Array, stages: int) -> Array:
     return lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
 
 
+def unseen_zero() -> Array:
+    """Zero, of which the compiler does not know that it is: addresses and indices that depend on it are computed where
+    they are used, instead of once for all and then kept in registers."""
+    return lax.optimization_barrier(jnp.int32(0))
+
+
 def visible(
-    shape: tuple[int, int], query: Array, key: Array | None, query_ids: Array | None, key_ids: Array | None
-) -> Bool[Array, "queries keys"] | None:
+    shape: tuple[int, int],
+    query: Array,
+    key: Array | None,
+    query_ids: Array | None,
+    key_ids: Array | None,
+    queries: int = 0,
+) -> Bool[Array, "rows columns"] | None:
     """Which keys, from `key` on, the queries from `query` on see: those before them, if `key` is given, and those of
-    their segment, if ids are."""
+    their segment, if ids are. `queries` is the axis of the queries."""
     seen = None
     if key is not None:
         index = [plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)]
-        seen = index[0] + (query - key) >= index[1]
+        seen = index[queries] + (query - key) >= index[1 - queries] + unseen_zero()
     if query_ids is not None:
-        same = lax.broadcast_in_dim(query_ids, shape, [0]) == lax.broadcast_in_dim(key_ids, shape, [1])
+        query_ids = lax.broadcast_in_dim(query_ids, shape, [queries])
+        same = query_ids == lax.broadcast_in_dim(key_ids, shape, [1 - queries])
         seen = same if seen is None else seen & same
     return seen
 
 
-def accumulate(
-    acc_ref: Any, sums: Float[Array, "m n"], a: Float[Array, "m k"], b_ref: Any, interpret: Any
-) -> Callable[[int], Float[Array, "m n"]]:
-    """Starts sums + a @ b with a in registers. The function it returns waits until only so many later products are
-    under way, and gives the result.
+def preset(acc_ref: Any, start: Float[Array, "m n"], interpret: Any) -> None:
+    """Lets an accumulator start from a value. The interpreter cannot: there, `settled` adds it."""
+    if interpret is None:
+        acc_ref[...] = start
 
-    The interpreter knows neither accumulators that start with a value nor a left side in registers: it gets the
-    product itself.
-    """
+
+def settled(acc_ref: Any, start: Float[Array, "m n"], interpret: Any, later: int = 0) -> Float[Array, "m n"]:
+    """The sums of a preset accumulator, once only so many later products are under way."""
+    sums = plgpu.wgmma_accumulator_load(acc_ref, wait_n=later)
+    return sums if interpret is None else start + sums
+
+
+def accumulate(
+    acc_ref: Any, start: Float[Array, "m n"], a: Float[Array, "m k"], b_ref: Any, interpret: Any
+) -> Callable[[int], Float[Array, "m n"]]:
+    """Begins start + a @ b with a in registers. The function it returns gives the result, once only so many later
+    products are under way. The interpreter knows no left side in registers: it gets the product itself."""
     if interpret is not None:
         product = jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
-        return lambda later: sums + product
-    acc_ref[...] = sums
+        return lambda later: start + product
+    acc_ref[...] = start
     plgpu.wgmma(acc_ref, a, b_ref)
     return lambda later: plgpu.wgmma_accumulator_load(acc_ref, wait_n=later)
 
