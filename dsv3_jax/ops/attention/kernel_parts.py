@@ -42,25 +42,15 @@ def unseen_zero() -> Array:
     return lax.optimization_barrier(jnp.int32(0))
 
 
-def visible(
-    shape: tuple[int, int],
-    query: Array,
-    key: Array | None,
-    query_ids: Array | None,
-    key_ids: Array | None,
-    queries: int = 0,
-) -> Bool[Array, "rows columns"] | None:
-    """Which keys, from `key` on, the queries from `query` on see: those before them, if `key` is given, and those of
-    their segment, if ids are. `queries` is the axis of the queries."""
-    seen = None
-    if key is not None:
-        index = [plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)]
-        seen = index[queries] + (query - key) >= index[1 - queries] + unseen_zero()
-    if query_ids is not None:
-        query_ids = lax.broadcast_in_dim(query_ids, shape, [queries])
-        same = query_ids == lax.broadcast_in_dim(key_ids, shape, [1 - queries])
-        seen = same if seen is None else seen & same
-    return seen
+def not_after(shape: tuple[int, int], key: Array, query: Array, keys: int) -> Bool[Array, "rows columns"]:
+    """Which keys, from `key` on, are not after the queries, from `query` on. `keys` is the axis of the keys."""
+    index = [plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)]
+    return index[1 - keys] + (query - key) >= index[keys] + unseen_zero()
+
+
+def of_one_segment(shape: tuple[int, int], query_ids: Array, key_ids: Array, keys: int) -> Bool[Array, "rows columns"]:
+    """Which keys are of the same segment as the queries."""
+    return lax.broadcast_in_dim(query_ids, shape, [1 - keys]) == lax.broadcast_in_dim(key_ids, shape, [keys])
 
 
 def preset(acc_ref: Any, start: Float[Array, "m n"], interpret: Any) -> None:

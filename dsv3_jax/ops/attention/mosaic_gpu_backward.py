@@ -27,7 +27,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv3_jax.ops.attention.kernel_parts import LOG2_E, Segments, accumulate, following, preset, settled, unseen_zero, visible
+from dsv3_jax.ops.attention.kernel_parts import (
+    LOG2_E,
+    Segments,
+    accumulate,
+    following,
+    not_after,
+    of_one_segment,
+    preset,
+    settled,
+    unseen_zero,
+)
 from dsv3_jax.ops.attention.worklists import locate, worklists
 from dsv3_jax.ops.hopper import WARPGROUP_ROWS, lowered_once, operand, producer_and_consumers
 
@@ -65,7 +75,7 @@ class BackwardConfig:
         return self.warpgroups * WARPGROUP_ROWS
 
 
-@lowered_once("scale", "config", "num_sms", "interpret")
+@lowered_once("scale", "config", "interpret")
 def attention_backward(
     q_nope: Float[Array, "batch seq heads nope"],
     q_rope: Float[Array, "batch seq heads rope"],
@@ -79,7 +89,6 @@ def attention_backward(
     *,
     scale: float,
     config: BackwardConfig,
-    num_sms: int = 132,
     interpret: Any = None,
 ) -> Gradients:
     """Gradients of the five operands, from what the forward pass returned."""
@@ -89,7 +98,7 @@ def attention_backward(
     keys, stages = config.keys, config.stages
     tiles, query_tiles = pl.cdiv(seq, keys), pl.cdiv(seq, _QUERIES)
     diagonal = keys // _QUERIES  # tiles of queries from which some keys are hidden by position
-    work = worklists(batch, heads, [query_tiles - i * diagonal + 2 for i in range(tiles)], num_sms, config.heads)
+    order = worklists(batch, heads, [query_tiles - i * diagonal for i in range(tiles)], 1, config.heads).tiles
     lse, delta = _per_query(out, log_sum_exp, d_out, scale)
     # The interpreter cannot add on the way to global memory: it gets a place for each of the summands.
     summands = (1, 1) if interpret is None else (tiles, heads)
@@ -97,28 +106,23 @@ def attention_backward(
     dq_sum = jax.new_ref(jnp.zeros((summands[0], batch, seq, heads, nope + rope), jnp.float32))
     dkr_sum = jax.new_ref(jnp.zeros((summands[1], batch, seq, rope), jnp.float32))
 
-    def body(tiles_ref, bounds_ref, *refs):
+    def body(tiles_ref, *refs):
         seg, refs = Segments.take(refs, segments)
-        qn_ref, qr_ref, kn_ref, kr_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dkr_ref, dkn_ref, dv_ref, *refs = refs
-        q_s, do_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, kv_full, kv_empty, q_full, do_full, empty, *refs = refs
+        qn_ref, qr_ref, kn_ref, kr_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dkr_ref, dkn_ref, dv_ref, *refs = (
+            refs
+        )
+        qn_s, qr_s, do_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, kv_full, q_full, do_full, empty, *refs = refs
         ds_full, ds_empty, *seg_s = refs
-        wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+        wg = lax.axis_index("wg")
 
-        def for_each_tile(f) -> None:
-            """f(tile, its first and last tile of queries, slot) -> slot."""
+        at = locate(tiles_ref[lax.axis_index("tile")], heads, tiles)
+        first = at.index * diagonal
+        last = jnp.int32(query_tiles - 1) if seg is None else seg.last_queries[at.batch, at.index]
 
-            def one(i, slot):
-                at = locate(tiles_ref[i], heads, tiles)
-                last = jnp.int32(query_tiles - 1) if seg is None else seg.last_queries[at.batch, at.index]
-                return f(at, at.index * diagonal, last, slot)
-
-            lax.fori_loop(bounds_ref[sm], bounds_ref[sm + 1], one, jnp.int32(0))
-
-        def load_tile(at, first, last, slot):
+        def produce() -> None:
             those = pl.ds(at.index * keys, keys)
 
             def load_keys():
-                plgpu.barrier_wait(kv_empty)
                 for c in range(nope_chunks):
                     columns = pl.ds(c * _CHUNK, _CHUNK)
                     plgpu.copy_gmem_to_smem(kn_ref.at[at.batch, those, at.head, columns], k_s.at[c], kv_full)
@@ -132,10 +136,8 @@ def attention_backward(
             def load_queries(i, slot):
                 mine = pl.ds(i * _QUERIES, _QUERIES)
                 plgpu.barrier_wait(empty.at[slot])
-                for c in range(chunks):
-                    part_ref, column = (qn_ref, c) if c < nope_chunks else (qr_ref, c - nope_chunks)
-                    part_ref = part_ref.at[at.batch, mine, at.head, pl.ds(column * _CHUNK, _CHUNK)]
-                    plgpu.copy_gmem_to_smem(part_ref, q_s.at[slot, c], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(qn_ref.at[at.batch, mine, at.head], qn_s.at[slot], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(qr_ref.at[at.batch, mine, at.head], qr_s.at[slot], q_full.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[at.batch, at.head, mine], lse_s.at[slot], q_full.at[slot])
                 if seg is not None:
                     plgpu.copy_gmem_to_smem(seg.ids.at[at.batch, mine], seg_s[1].at[slot], q_full.at[slot])
@@ -144,21 +146,20 @@ def attention_backward(
                 plgpu.copy_gmem_to_smem(delta_ref.at[at.batch, at.head, mine], delta_s.at[slot], do_full.at[slot])
                 return following(slot, stages)
 
-            return lax.fori_loop(first, last + 1, load_queries, slot)
-
-        def produce() -> None:
-            for_each_tile(load_tile)
-            plgpu.barrier_wait(kv_empty)
+            lax.fori_loop(first, last + 1, load_queries, jnp.int32(0))
             for slot in range(stages):
                 plgpu.barrier_wait(empty.at[slot])
 
-        def compute_tile(at, first, last, slot):
+        def consume() -> None:
+            plgpu.barrier_arrive(ds_empty)
+            for slot in range(stages):
+                plgpu.barrier_arrive(empty.at[slot])
             mine = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
             first_key = at.index * keys + wg * WARPGROUP_ROWS
             plgpu.barrier_wait(kv_full)
             seg_k = None if seg is None else plgpu.load(seg_s[0].at[mine], layout=_WGMMA.reduce(1))
 
-            def probabilities(i, slot, mine, on_diagonal):
+            def probabilities(i, slot, mine):
                 """Of each key (row) and query, and the gradient of their logarithms, over the scale."""
 
                 shape = (WARPGROUP_ROWS, _QUERIES)
@@ -171,7 +172,8 @@ def attention_backward(
                     start = start_from(lse_s.at[slot])
                     preset(s_ref, start, interpret)
                     for c in range(chunks):
-                        plgpu.wgmma(s_ref, k_s.at[c, mine], q_s.at[slot, c].transpose((1, 0)))
+                        part = qn_s.at[slot, :, pl.ds(c * _CHUNK, _CHUNK)] if c < nope_chunks else qr_s.at[slot]
+                        plgpu.wgmma(s_ref, k_s.at[c, mine], part.transpose((1, 0)))
                     return settled(s_ref, start, interpret)
 
                 def gradients(dp_ref):
@@ -182,11 +184,19 @@ def attention_backward(
 
                 plgpu.barrier_wait(q_full.at[slot])
                 p = jnp.exp2(pl.run_scoped(scores, acc) * (scale * LOG2_E))
-                seg_q = None if seg is None else plgpu.load(seg_s[1].at[slot], layout=_WGMMA.reduce(0))
-                seen = visible(shape, i * _QUERIES, first_key if on_diagonal else None, seg_q, seg_k, queries=1)
-                p = (p if seen is None else jnp.where(seen, p, 0.0)).astype(dtype)
+                p = lax.cond(
+                    i < first + diagonal,
+                    lambda p: jnp.where(not_after(shape, first_key, i * _QUERIES, keys=0), p, 0.0),
+                    lambda p: p,
+                    p,
+                )
+                if seg is not None:
+                    seg_q = plgpu.load(seg_s[1].at[slot], layout=_WGMMA.reduce(0))
+                    p = jnp.where(of_one_segment(shape, seg_q, seg_k, keys=0), p, 0.0)
+                p = p.astype(dtype)
                 plgpu.barrier_wait(do_full.at[slot])
-                return p, (p.astype(jnp.float32) * pl.run_scoped(gradients, acc)).astype(dtype)
+                p, dp = lax.optimization_barrier((p, pl.run_scoped(gradients, acc)))
+                return p, (p.astype(jnp.float32) * dp).astype(dtype)
 
             def add_dq(i, chunk, ds_ref):
                 """Adds 64 columns of dQ to those in memory."""
@@ -203,39 +213,37 @@ def attention_backward(
                 target = dq_ref.at[place, at.batch, pl.ds(i * _QUERIES, _QUERIES), at.head, columns]
                 plgpu.copy_smem_to_gmem(dq_s.at[chunk], target, reduction_op=how)
 
-            def step(i, carry, on_diagonal):
-                dk, dv, slot = carry
+            def step(i, carry):
+                dkn, dkr, dv, slot = carry
                 zero = unseen_zero()
                 mine, ds_ref = pl.ds((wg + zero) * WARPGROUP_ROWS, WARPGROUP_ROWS), ds_s.at[zero]
-                p, ds = probabilities(i, slot, mine, on_diagonal)
+                p, ds = probabilities(i, slot, mine)
                 plgpu.barrier_wait(ds_empty)
 
-                def products(dk_refs, dv_ref):
+                def products(dkn_ref, dkr_ref, dv_ref):
                     weighted = accumulate(dv_ref, dv, p, do_s.at[slot], interpret)
                     ds_ref[mine] = ds
                     plgpu.commit_smem()
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.barrier_arrive(ds_full)
-                    parts = [
-                        accumulate(dk_refs[c], dk[c], ds, q_s.at[slot, c], interpret) for c in range(chunks)
-                    ]
+                    preset(dkn_ref, dkn, interpret)
+                    plgpu.wgmma(dkn_ref, ds_ref.at[mine], qn_s.at[slot])
+                    preset(dkr_ref, dkr, interpret)
+                    plgpu.wgmma(dkr_ref, ds_ref.at[mine], qr_s.at[slot])
                     plgpu.barrier_wait(ds_full)
-                    add_dq(i, lax.rem(i + wg, jnp.int32(2)), ds_ref)
-                    result = [part(0) for part in parts], weighted(0)
+                    mine_first = lax.rem(i + wg, jnp.int32(2))
+                    lax.fori_loop(0, 2 - mine_first, lambda j, _: add_dq(i, mine_first + 2 * j, ds_ref), None)
+                    result = settled(dkn_ref, dkn, interpret), settled(dkr_ref, dkr, interpret), weighted(0)
                     plgpu.barrier_arrive(empty.at[slot])
                     return result
 
-                acc = [plgpu.ACC((WARPGROUP_ROWS, _CHUNK), jnp.float32)] * chunks
-                dk, dv = pl.run_scoped(products, acc, plgpu.ACC((WARPGROUP_ROWS, width), jnp.float32))
-                pl.when(lax.rem(i + wg, jnp.int32(2)) == 0)(lambda: add_dq(i, zero + 2, ds_ref))
+                results = pl.run_scoped(products, *sums)
                 plgpu.barrier_arrive(ds_empty)
-                return dk, dv, following(slot, stages)
+                return *results, following(slot, stages)
 
-            zeros = [plgpu.layout_cast(jnp.zeros((64, n), jnp.float32), _WGMMA) for n in [_CHUNK] * chunks + [width]]
-            masked = lax.min(first + diagonal, last + 1)
-            carry = (zeros[:chunks], zeros[-1], slot)
-            carry = lax.fori_loop(first, masked, lambda i, c: step(i, c, True), carry)
-            dk, dv, slot = lax.fori_loop(masked, last + 1, lambda i, c: step(i, c, False), carry)
+            sums = [plgpu.ACC((WARPGROUP_ROWS, n), jnp.float32) for n in (nope, rope, width)]
+            zeros = [plgpu.layout_cast(jnp.zeros(acc.shape, jnp.float32), _WGMMA) for acc in sums]
+            dkn, dkr, dv, _ = lax.fori_loop(first, last + 1, step, (*zeros, jnp.int32(0)))
             # Once both warpgroups have used the keys and their dQ has left shared memory, gradients take its place.
             plgpu.barrier_wait(ds_empty)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -244,9 +252,9 @@ def attention_backward(
             zero = unseen_zero()
             mine, those = pl.ds((wg + zero) * WARPGROUP_ROWS, WARPGROUP_ROWS), pl.ds(first_key, WARPGROUP_ROWS)
             for c in range(nope_chunks):
-                k_s[zero + c, mine] = (dk[c] * scale).astype(dtype)
+                k_s[zero + c, mine] = (dkn[:, c * _CHUNK : (c + 1) * _CHUNK] * scale).astype(dtype)
             v_s[mine] = dv.astype(dtype)
-            dq_s[wg + zero] = dk[-1] * scale
+            dq_s[wg + zero] = dkr * scale
             plgpu.commit_smem()
             for c in range(nope_chunks):
                 target = dkn_ref.at[at.batch, those, at.head, pl.ds(c * _CHUNK, _CHUNK)]
@@ -254,18 +262,6 @@ def attention_backward(
             plgpu.copy_smem_to_gmem(v_s.at[mine], dv_ref.at[at.batch, those, at.head])
             place = 0 if interpret is None else at.head
             plgpu.copy_smem_to_gmem(dq_s.at[wg + zero], dkr_ref.at[place, at.batch, those], reduction_op=how)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(ds_empty)
-            plgpu.barrier_arrive(kv_empty)
-            return slot
-
-        def consume() -> None:
-            plgpu.barrier_arrive(kv_empty)
-            plgpu.barrier_arrive(ds_empty)
-            for slot in range(stages):
-                plgpu.barrier_arrive(empty.at[slot])
-            for_each_tile(compute_tile)
-            plgpu.barrier_wait(ds_empty)
 
         producer_and_consumers(config, produce, consume)
 
@@ -274,7 +270,8 @@ def attention_backward(
         body,
         out_type=(jax.ShapeDtypeStruct(k_nope.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
         scratch_types=[
-            operand((stages, chunks, _QUERIES, _CHUNK), dtype),
+            operand((stages, _QUERIES, nope), dtype),
+            operand((stages, _QUERIES, rope), dtype),
             operand((stages, _QUERIES, width), dtype),
             plgpu.SMEM((stages, _QUERIES), jnp.float32),
             plgpu.SMEM((stages, _QUERIES), jnp.float32),
@@ -283,16 +280,15 @@ def attention_backward(
             operand((1, keys, _QUERIES), dtype),
             operand((chunks, _QUERIES, _CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=chunks + 1 + extra),
-            plgpu.Barrier(num_arrivals=workers),
-            plgpu.Barrier(num_arrivals=chunks + 1 + extra, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=3 + extra, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
             plgpu.Barrier(num_arrivals=workers),
             plgpu.Barrier(num_arrivals=workers),
             *([] if segments is None else [plgpu.SMEM(s, jnp.int32) for s in ((keys,), (stages, _QUERIES))]),
         ],
-        grid=(num_sms,),
-        grid_names=("sm",),
+        grid=(order.size,),
+        grid_names=("tile",),
         num_threads=workers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -300,7 +296,7 @@ def attention_backward(
     )
     given = () if segments is None else segments
     operands = (q_nope, q_rope, k_nope, k_rope, v, d_out, lse, delta)
-    dk_nope, dv = run(*map(jnp.asarray, work), *given, *operands, dq_sum, dkr_sum)
+    dk_nope, dv = run(jnp.asarray(order), *given, *operands, dq_sum, dkr_sum)
     dq = (jax.freeze(dq_sum).sum(0) * scale).astype(dtype)
     dk_rope = jax.freeze(dkr_sum).sum(0).astype(dtype)
     return dq[..., :nope], dq[..., nope:], dk_nope, dk_rope, dv

@@ -26,7 +26,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv3_jax.ops.attention.kernel_parts import HIDDEN, LOG2_E, Segments, Turns, accumulate, following, visible
+from dsv3_jax.ops.attention.kernel_parts import (
+    HIDDEN,
+    LOG2_E,
+    Segments,
+    Turns,
+    accumulate,
+    following,
+    not_after,
+    of_one_segment,
+)
 from dsv3_jax.ops.attention.worklists import locate, worklists
 from dsv3_jax.ops.hopper import WARPGROUP_ROWS, lowered_once, operand, producer_and_consumers
 
@@ -138,10 +147,12 @@ def attention_forward(
                 plgpu.wgmma(s_ref, qr_s.at[wg], kr_s.at[slot].transpose((1, 0)))
 
             def mask(s, key_tile, slot, on_diagonal):
-                shape = (WARPGROUP_ROWS, keys)
-                seg_k = None if seg is None else plgpu.load(seg_s[1].at[slot], layout=_WGMMA.reduce(0))
-                seen = visible(shape, row, key_tile * keys if on_diagonal else None, seg_q, seg_k)
-                return s if seen is None else jnp.where(seen, s, HIDDEN)
+                if on_diagonal:
+                    s = jnp.where(not_after(s.shape, key_tile * keys, row, keys=1), s, HIDDEN)
+                if seg is not None:
+                    seg_k = plgpu.load(seg_s[1].at[slot], layout=_WGMMA.reduce(0))
+                    s = jnp.where(of_one_segment(s.shape, seg_q, seg_k, keys=1), s, HIDDEN)
+                return s
 
             def first_probabilities(s_ref):
                 turns.begin()
