@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -42,11 +42,10 @@ class Host:
         return stats.get("bytes_limit", 1e9)
 
 
-def compile_all(lowered: dict[Any, Lowered], **options: Any) -> dict[Any, Compiled]:
-    """Compiles many programs at once, with these options of XLA: one takes a core for most of its time."""
+def compile_all(lowered: Mapping[Any, Lowered]) -> dict[Any, Compiled]:
+    """Compiles many programs at once: one takes a core for most of its time."""
     with ThreadPoolExecutor(8) as pool:
-        compiled = pool.map(lambda program: program.compile(options or None), lowered.values())
-        return dict(zip(lowered, compiled, strict=True))
+        return dict(zip(lowered, pool.map(Lowered.compile, lowered.values()), strict=True))
 
 
 def tokens_of(config: Config, seed: int = 0) -> np.ndarray:
@@ -56,15 +55,24 @@ def tokens_of(config: Config, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.model.vocab_size, shape).astype(np.int32)
 
 
-def lower_steps(configs: dict[Any, Config]) -> dict[Any, Lowered]:
-    """The training steps, ready to compile."""
+def compile_steps(configs: Mapping[Any, Config]) -> dict[Any, Compiled]:
+    """The training steps of many configs, each compiled while the next is traced. In float32 products are exact, and
+    kernels are not tried out, which takes minutes there."""
 
     def lower(config: Config) -> Lowered:
         mesh = make_mesh(config)
         state = jax.eval_shape(lambda: init_state(config, mesh))
         return make_step(config, mesh).lower(state, tokens_of(config), KNOBS)
 
-    return {name: lower(config) for name, config in configs.items()}
+    def options(config: Config) -> dict[str, int] | None:
+        return {"xla_gpu_autotune_level": 0} if config.precision == "fp32" else None
+
+    with ThreadPoolExecutor(16) as pool:
+        waiting = {}
+        for name, config in configs.items():
+            with jax.default_matmul_precision("highest" if config.precision == "fp32" else "default"):
+                waiting[name] = pool.submit(lower(config).compile, options(config))
+        return {name: future.result() for name, future in waiting.items()}
 
 
 def run_steps(

@@ -10,11 +10,18 @@ import sys
 import time
 
 import jax
-from common import Host
+from common import Host, compile_steps
 from exchange import measure_exchange, measure_layer, measure_links
-from training import check_equal, measure_pipelines, measure_training
+from training import (
+    check_equal,
+    equality_configs,
+    measure_pipelines,
+    measure_training,
+    pipeline_configs,
+    training_configs,
+)
 
-SECTIONS = ("links", "exchange", "layer", "equal", "training", "pipeline")
+SECTIONS = ("links", "exchange", "layer", "pipeline", "training", "equal")
 
 
 def main() -> None:
@@ -23,6 +30,7 @@ def main() -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--devices", type=int, help="of those there are; emulated on CPU")
     parser.add_argument("--precisions", default="bf16,fp8")
+    parser.add_argument("--streams", default="1,2", help="microbatches side by side in training")
     parser.add_argument("--schedules", default="1f1b,zb1p,dualpipev")
     parser.add_argument("--pipe", default=None, help="ranks, such as 2,4; by default all devices")
     parser.add_argument("--steps", type=int, default=8)
@@ -35,19 +43,35 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", args.devices or 8)
     host = host_of(args.devices, args.tiny)
     print(f"{host.devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
-    peak = measure_links(host) if {"links", "exchange"} & {*sections} else None
+    measure(host, sections, args)
+
+
+def measure(host: Host, sections: list[str], args: argparse.Namespace) -> None:
+    """All sections, those of whole steps last: their programs are compiled together, and nothing is timed meanwhile."""
+    if {"links", "exchange"} & {*sections}:
+        peak = measure_links(host)
+        if "exchange" in sections:
+            measure_exchange(host, peak)
+    if "layer" in sections:
+        measure_layer(host)
     ranks = [int(size) for size in args.pipe.split(",")] if args.pipe else [host.devices]
-    actions = {
-        "exchange": lambda: measure_exchange(host, peak),
-        "layer": lambda: measure_layer(host),
-        "equal": lambda: check_equal(host, args.steps),
-        "training": lambda: measure_training(host, args.precisions.split(","), args.steps),
-        "pipeline": lambda: [measure_pipelines(host, args.schedules.split(","), r, args.steps) for r in ranks],
+    numbers = [int(n) for n in args.streams.split(",")]
+    configs = {
+        "pipeline": lambda: pipeline_configs(host, args.schedules.split(","), ranks),
+        "training": lambda: training_configs(host, args.precisions.split(","), numbers),
+        "equal": lambda: equality_configs(host),
     }
-    for name in sections:
-        started = time.perf_counter()
-        actions.get(name, lambda: None)()
-        print(f"\n({name}: {time.perf_counter() - started:.0f} s)", flush=True)
+    wanted = {section: make() for section, make in configs.items() if section in sections}
+    started = time.perf_counter()
+    programs = compile_steps({(section, *name): c for section, of in wanted.items() for name, c in of.items()})
+    print(f"\n{len(programs)} steps compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    of = {section: {name[1:]: p for name, p in programs.items() if name[0] == section} for section in wanted}
+    if "pipeline" in wanted:
+        measure_pipelines(host, wanted["pipeline"], of["pipeline"], args.steps)
+    if "training" in wanted:
+        measure_training(host, wanted["training"], of["training"], args.steps)
+    if "equal" in wanted:
+        check_equal(wanted["equal"], of["equal"], args.steps)
 
 
 def host_of(devices: int | None, tiny: bool) -> Host:

@@ -1,6 +1,5 @@
 """Whole training steps: the small MoE, two microbatches side by side, pipelines against their plan, and equality."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import Host, compile_all, lower_steps, print_table, run_steps, with_parallel
+from common import Host, print_table, run_steps, with_parallel
+from jax.stages import Compiled
 
 from dsv3_jax.cli import load_config
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, ParallelConfig
@@ -19,6 +19,8 @@ from dsv3_jax.planner.cluster import mean_state, plan_cluster
 from dsv3_jax.planner.devices import Device, load_device
 from dsv3_jax.planner.flops import training_flops_per_token_with_mtp
 
+Configs = dict[tuple, Config]
+Programs = dict[tuple, Compiled]
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = ModelConfig(
     vocab_size=256, d_model=128, num_layers=3, num_dense_layers=1, d_ff=128, num_heads=2, qk_nope_head_dim=64,
@@ -53,38 +55,44 @@ def _batch(host: Host, seq_len: int, microbatches: int) -> BatchConfig:
     return BatchConfig(seq_len=seq_len, sequences=microbatches * host.devices, microbatch=host.devices)
 
 
-def measure_training(host: Host, precisions: list[str], steps: int) -> None:
-    """Prints the small MoE's speed, experts over all devices, microbatches one after the other and side by side.
+STREAMS = {1: "one by one", 2: "two side by side"}
+
+
+def training_configs(host: Host, precisions: list[str], streams: list[int]) -> Configs:
+    """The small MoE in each precision, its microbatches one after the other or two side by side."""
+    return {
+        (precision, STREAMS[n]): with_parallel(small_moe(host, precision), overlap_microbatches=n == 2)
+        for precision in precisions
+        for n in streams
+    }
+
+
+def measure_training(host: Host, configs: Configs, programs: Programs, steps: int) -> None:
+    """Prints the small MoE's speed, experts over all devices.
 
     The profile of a step says how much of the exchange ran beside products, the compiled program how much could.
     """
-    layers = small_moe(host, "bf16").model.num_layers
+    layers = next(iter(configs.values())).model.num_layers
     print_table(
         f"configs/moe_16b.py with {layers} layers, {4 * host.devices} sequences of 4096 a step, experts over "
         f"{host.devices} GPUs",
         ["precision", "microbatches", "ms a step", "tokens/s a GPU", "MFU", "busiest expert",
          "exchanges beside products, in the program", "exchange ms", "of it hidden"],
-        (row for precision in precisions for row in _training_rows(host, precision, steps)),
+        ([*name, *_training_cells(host, config, programs[name], "_".join(name), steps)]
+         for name, config in configs.items()),
     )  # fmt: skip
 
 
-def _training_rows(host: Host, precision: str, steps: int) -> Iterator[list[str]]:
-    configs = {name: _overlapped(small_moe(host, precision), name) for name in ("one by one", "two")}
-    programs = compile_all(lower_steps(configs))
-    for name, config in configs.items():
-        folder = Path("profile") / f"{precision}_{name.replace(' ', '_')}"
-        seconds, reports = run_steps(config, programs[name], steps, around=_profile(host, folder))
-        tokens = config.batch.sequences * config.batch.seq_len / seconds / host.devices
-        flops = training_flops_per_token_with_mtp(config.model, config.batch.seq_len)
-        found = exchange_overlaps(programs[name].as_text())
-        beside = sum(bool(x.during) for x in found)
-        load = max(float(np.max(x / x.mean(axis=-1, keepdims=True))) for x in reports[-1].losses.load.values())
-        cells = [f"{1e3 * seconds:.0f}", f"{tokens:,.0f}", f"{tokens * flops / _peak():.1%}", f"{load:.2f}"]
-        yield [precision, name, *cells, f"{beside} of {len(found)}", *_hidden(host, folder)]
-
-
-def _overlapped(config: Config, name: str) -> Config:
-    return with_parallel(config, overlap_microbatches=name == "two")
+def _training_cells(host: Host, config: Config, program: Compiled, name: str, steps: int) -> list[str]:
+    folder = Path("profile") / name.replace(" ", "_")
+    seconds, reports = run_steps(config, program, steps, around=_profile(host, folder))
+    tokens = config.batch.sequences * config.batch.seq_len / seconds / host.devices
+    flops = training_flops_per_token_with_mtp(config.model, config.batch.seq_len)
+    found = exchange_overlaps(program.as_text())
+    beside = sum(bool(x.during) for x in found)
+    load = max(float(np.max(x / x.mean(axis=-1, keepdims=True))) for x in reports[-1].losses.load.values())
+    cells = [f"{1e3 * seconds:.0f}", f"{tokens:,.0f}", f"{tokens * flops / plan_device().peak['bf16']:.1%}"]
+    return [*cells, f"{load:.2f}", f"{beside} of {len(found)}", *_hidden(host, folder)]
 
 
 def _profile(host: Host, folder: Path) -> AbstractContextManager:
@@ -100,26 +108,28 @@ def _hidden(host: Host, folder: Path) -> list[str]:
     return [f"{1e3 * longest.exchange:.0f}", f"{longest.hidden / max(longest.exchange, 1e-9):.0%}"]
 
 
-def measure_pipelines(host: Host, schedules: list[str], ranks: int, steps: int) -> None:
+def pipeline_configs(host: Host, schedules: list[str], ranks: list[int]) -> Configs:
+    """Each schedule on so many ranks."""
+    return {(size, kind): pipeline_config(host, kind, size) for size in ranks for kind in schedules}
+
+
+def measure_pipelines(host: Host, configs: Configs, programs: Programs, steps: int) -> None:
     """Prints the step time of pipelines with four layers a rank, and what the planner says of it."""
-    device = plan_device()
-    configs = {kind: pipeline_config(host, kind, ranks) for kind in schedules}
-    programs = compile_all(lower_steps(configs))
-    table = []
-    for kind, config in configs.items():
-        seconds, _ = run_steps(config, programs[kind], steps)
-        plan = plan_cluster(config, device, make_mesh(config).shape, kind)
-        after = plan.sync_seconds + plan.optimizer_seconds
-        cells = [seconds, plan.lockstep_seconds + after, plan.step_seconds]
-        table.append([kind, *(f"{1e3 * s:.0f}" for s in cells), f"{seconds / cells[1]:.2f}"])
     config = next(iter(configs.values()))
     print_table(
-        f"Pipeline of {ranks} ranks, {config.model.num_layers} layers of configs/moe_16b.py with "
-        f"{config.model.num_experts} experts, {4 * ranks} microbatches of {host.devices // ranks} x "
-        f"{config.batch.seq_len}",
-        ["schedule", "ms a step", "planned, ranks in lockstep", "planned, asynchronous", "measured / lockstep"],
-        table,
+        f"Pipelines, 4 layers a rank of configs/moe_16b.py with {config.model.num_experts} experts, 4 microbatches a "
+        f"rank, each of one sequence of {config.batch.seq_len} for every GPU that shares a stage's experts",
+        ["ranks", "schedule", "ms a step", "planned, lockstep", "planned, asynchronous", "measured / lockstep"],
+        ([str(name[0]), name[1], *_pipeline_cells(config, programs[name], steps)] for name, config in configs.items()),
     )
+
+
+def _pipeline_cells(config: Config, program: Compiled, steps: int) -> list[str]:
+    seconds, _ = run_steps(config, program, steps)
+    plan = plan_cluster(config, plan_device(), dict(make_mesh(config).shape), config.parallel.schedule)
+    after = plan.sync_seconds + plan.optimizer_seconds
+    planned = plan.lockstep_seconds + after
+    return [*(f"{1e3 * s:.0f}" for s in (seconds, planned, plan.step_seconds)), f"{seconds / planned:.2f}"]
 
 
 def pipeline_config(host: Host, schedule: str, ranks: int) -> Config:
@@ -146,40 +156,33 @@ def plan_device() -> Device:
     return replace(device, achieved=device.achieved | fast)
 
 
-def _peak() -> float:
-    return plan_device().peak["bf16"]
-
-
-def check_equal(host: Host, steps: int) -> None:
-    """Prints how far losses on several devices are from those of one, in float32."""
-    meshes = {"gpu": {"gpu": host.devices}, "data": {"data": host.devices}, "pipe": {"pipe": host.devices}}
+def equality_configs(host: Host) -> Configs:
+    """A small model in float32 on one device, and on meshes of all."""
+    all_of = host.devices
+    meshes = [{}, {"gpu": all_of}, {"data": all_of}, {"pipe": all_of}]
     if host.nodes > 1:
-        meshes |= {
-            "node x gpu": {"node": 2, "gpu": host.devices // 2},
-            "pipe x gpu": {"pipe": 2, "gpu": host.devices // 2},
-        }
-    configs = {"one": _equality_config(host, {}, 1)}
-    configs |= {name: _equality_config(host, mesh, host.devices) for name, mesh in meshes.items()}
-    with jax.default_matmul_precision("highest"):
-        programs = compile_all(lower_steps(configs), xla_gpu_autotune_level=0)  # which takes minutes in float32
-    losses, biases = {}, {}
-    for name, config in configs.items():
-        _, reports = run_steps(config, programs[name], steps, fresh=True)
-        losses[name] = np.array([[float(r.losses.loss), *np.ravel(r.losses.mtp_loss)] for r in reports])
-        biases[name] = [r.losses.load for r in reports]
-    table = [
-        [
-            _mesh_name(meshes[name]),
-            f"{np.abs(losses[name] / losses['one'] - 1).max():.1e}",
-            "equal" if _all_equal(biases[name], biases["one"]) else "differ",
-        ]
-        for name in meshes
-    ]
+        meshes += [{"node": 2, "gpu": all_of // 2}, {"pipe": 2, "gpu": all_of // 2}]
+    return {tuple(mesh.items()): _equality_config(host, mesh, all_of if mesh else 1) for mesh in meshes}
+
+
+def check_equal(configs: Configs, programs: Programs, steps: int) -> None:
+    """Prints how far losses on several devices are from those of one."""
+    reports = {name: run_steps(config, programs[name], steps, fresh=True)[1] for name, config in configs.items()}
+    one, *several = configs
+    losses = {name: np.array([[r.losses.loss, *r.losses.mtp_loss] for r in of]) for name, of in reports.items()}
+    loads = {name: [r.losses.load for r in of] for name, of in reports.items()}
     print_table(
-        f"{steps + 2} steps in float32 against one device, whose loss goes from {losses['one'][0, 0]:.4f} to "
-        f"{losses['one'][-1, 0]:.4f}",
+        f"{steps + 2} steps in float32 against one device, whose loss goes from {losses[one][0, 0]:.4f} to "
+        f"{losses[one][-1, 0]:.4f}",
         ["mesh", "largest difference of a loss", "experts' loads of all steps"],
-        table,
+        (
+            [
+                " x ".join(f"{axis} {size}" for axis, size in mesh),
+                f"{np.abs(losses[mesh] / losses[one] - 1).max():.1e}",
+                "equal" if _all_equal(loads[mesh], loads[one]) else "differ",
+            ]
+            for mesh in several
+        ),
     )
 
 
@@ -194,10 +197,6 @@ def _equality_config(host: Host, mesh: dict[str, int], devices: int) -> Config:
         parallel=ParallelConfig(devices=devices, expert_buffer_factor=8.0, **sizes, **schedule),
         precision="fp32",
     )
-
-
-def _mesh_name(mesh: dict[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
 
 
 def _all_equal(a: Any, b: Any) -> bool:
