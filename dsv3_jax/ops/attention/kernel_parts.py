@@ -1,0 +1,105 @@
+"""What the Hopper kernels of attention share."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+LOG2_E = math.log2(math.e)
+HIDDEN = -1e30
+"""The score of a hidden key: finite, so that a row of hidden keys only has weights that later ones shrink to nothing."""
+
+
+class Segments(NamedTuple):
+    """Which sample of a packed row each position belongs to; in a kernel, the references to it."""
+
+    ids: Int[Array, "batch padded_seq"]
+    first_keys: Int[Array, "batch query_tiles"]
+    """The first tile of keys with a sample of a query of the tile."""
+    last_queries: Int[Array, "batch key_tiles"]
+    """The last tile of queries with a sample of a key of the tile."""
+
+    @classmethod
+    def take(cls, refs: Sequence[Any], segments: Self | None) -> tuple[Self | None, Sequence[Any]]:
+        """The references to the segments, where there are any, and the other references."""
+        return (None, refs) if segments is None else (cls(*refs[:3]), refs[3:])
+
+
+def following(slot: Array, stages: int) -> Array:
+    """The slot after this one."""
+    return lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
+
+
+def unseen_zero() -> Array:
+    """Zero, of which the compiler does not know that it is: addresses and indices that depend on it are computed where
+    they are used, instead of once for all and then kept in registers."""
+    return lax.optimization_barrier(jnp.int32(0))
+
+
+def not_after(shape: tuple[int, int], key: Array, query: Array, keys: int) -> Bool[Array, "rows columns"]:
+    """Which keys, from `key` on, are not after the queries, from `query` on. `keys` is the axis of the keys."""
+    index = [plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)]
+    return index[1 - keys] + (query - key) >= index[keys] + unseen_zero()
+
+
+def of_one_segment(shape: tuple[int, int], query_ids: Array, key_ids: Array, keys: int) -> Bool[Array, "rows columns"]:
+    """Which keys are of the same segment as the queries."""
+    return lax.broadcast_in_dim(query_ids, shape, [1 - keys]) == lax.broadcast_in_dim(key_ids, shape, [keys])
+
+
+def preset(acc_ref: Any, start: Float[Array, "m n"], interpret: Any) -> None:
+    """Lets an accumulator start from a value. The interpreter cannot: there, `settled` adds it."""
+    if interpret is None:
+        acc_ref[...] = start
+
+
+def settled(acc_ref: Any, start: Float[Array, "m n"], interpret: Any, later: int = 0) -> Float[Array, "m n"]:
+    """The sums of a preset accumulator, once only so many later products are under way."""
+    sums = plgpu.wgmma_accumulator_load(acc_ref, wait_n=later)
+    return sums if interpret is None else start + sums
+
+
+def accumulate(
+    acc_ref: Any, start: Float[Array, "m n"], a: Float[Array, "m k"], b_ref: Any, interpret: Any
+) -> Callable[[int], Float[Array, "m n"]]:
+    """Begins start + a @ b with a in registers. The function it returns gives the result, once only so many later
+    products are under way. The interpreter knows no left side in registers: it gets the product itself."""
+    if interpret is not None:
+        product = jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+        return lambda later: start + product
+    acc_ref[...] = start
+    plgpu.wgmma(acc_ref, a, b_ref)
+    return lambda later: plgpu.wgmma_accumulator_load(acc_ref, wait_n=later)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Warpgroups that use the tensor cores in turn; without barriers, as they come."""
+
+    barriers: Any
+    """One for each warpgroup; None to let all go on."""
+    warpgroups: int
+
+    def open(self) -> None:
+        """Gives the first turn to the first warpgroup."""
+        pl.when(lax.axis_index("wg") == self.warpgroups - 1)(self.end)
+
+    def begin(self) -> None:
+        """Waits for this warpgroup's turn."""
+        if self.barriers is not None:
+            plgpu.barrier_wait(self.barriers.at[lax.axis_index("wg")])
+
+    def end(self) -> None:
+        """Passes the turn on."""
+        if self.barriers is not None:
+            plgpu.barrier_arrive(self.barriers.at[following(lax.axis_index("wg"), self.warpgroups)])
+
+    def close(self) -> None:
+        """Takes the last turn, which nobody uses."""
+        pl.when(lax.axis_index("wg") == 0)(self.begin)
