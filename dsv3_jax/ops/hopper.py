@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.experimental.pallas as pl
@@ -57,13 +57,14 @@ def takes_kernel(implementation: Implementation | None, what: str, *refusals: st
     if implementation not in (None, *get_args(Implementation)):
         choices = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation={implementation!r}: choose one of {choices}, or None")
-    why = next((r for r in (*refusals, _device_refusal()) if r is not None), None)
+    why = next((r for r in (*refusals, device_refusal()) if r is not None), None)
     if implementation == "mosaic_gpu" and why is not None:
         raise NotImplementedError(f"the Hopper kernel of {what} {why}: use implementation='reference'")
     return why is None and implementation != "reference"
 
 
-def _device_refusal() -> str | None:
+def device_refusal() -> str | None:
+    """Why the default backend cannot run Hopper kernels; None where it can."""
     if jax.default_backend() != "gpu":
         return f"needs a Hopper GPU, the backend is {jax.default_backend()}"
     capability = jax.devices()[0].compute_capability
@@ -87,7 +88,19 @@ def walk(index: Array, grid: tuple[int, int], band: int) -> tuple[Array, Array]:
     return plgpu.planar_snake(index, grid, 0, band)
 
 
-def producer_and_consumers(config: Config, produce: Callable[[], None], consume: Callable[[], Any]) -> None:
+class Crew(Protocol):
+    """What a block's warpgroups are, of every kernel's configuration."""
+
+    @property
+    def warpgroups(self) -> int:
+        """Compute warpgroups."""
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of a compute warpgroup, and of the producer."""
+
+
+def producer_and_consumers(config: Crew, produce: Callable[[], None], consume: Callable[[], Any]) -> None:
     """Runs `produce` in one warp of the last warpgroup and `consume`, which stores results, in the others."""
     wg = lax.axis_index("wg")
 

@@ -82,7 +82,9 @@ def test_naming_an_implementation_that_cannot_run_says_why():
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="implementation='flash': choose one of 'reference', 'cudnn', or None"):
+    with pytest.raises(
+        ValueError, match="implementation='flash': choose one of 'reference', 'cudnn', 'mosaic_gpu', or None"
+    ):
         causal_attention(*operands(4), SCALE, "flash")
 
 

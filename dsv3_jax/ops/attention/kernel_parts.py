@@ -5,30 +5,51 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 LOG2_E = math.log2(math.e)
-HIDDEN = -1e30
-"""The score of a hidden key: finite, so that a row of hidden keys only has weights that later ones shrink to nothing."""
 
 
 class Segments(NamedTuple):
     """Which sample of a packed row each position belongs to; in a kernel, the references to it."""
 
     ids: Int[Array, "batch padded_seq"]
-    first_keys: Int[Array, "batch query_tiles"]
-    """The first tile of keys with a sample of a query of the tile."""
-    last_queries: Int[Array, "batch key_tiles"]
-    """The last tile of queries with a sample of a key of the tile."""
+    bounds: Int[Array, "batch tiles"]
+    """For each tile, the first tile of keys (forward) or the last of queries (backward) that holds a sample of it."""
 
     @classmethod
     def take(cls, refs: Sequence[Any], segments: Self | None) -> tuple[Self | None, Sequence[Any]]:
         """The references to the segments, where there are any, and the other references."""
-        return (None, refs) if segments is None else (cls(*refs[:3]), refs[3:])
+        return (None, refs) if segments is None else (cls(*refs[:2]), refs[2:])
+
+
+def first_of_segment(segment_ids: Int[Array, "batch seq"], queries: int, keys: int) -> Segments:
+    """For each tile of `queries`, the first tile of `keys` with a sample in common."""
+    ids, shared = _shared_tiles(segment_ids, queries, keys)
+    return Segments(ids, jnp.argmax(shared, axis=2).astype(jnp.int32))
+
+
+def last_of_segment(segment_ids: Int[Array, "batch seq"], keys: int, queries: int) -> Segments:
+    """For each tile of `keys`, the last tile of `queries` with a sample in common."""
+    ids, shared = _shared_tiles(segment_ids, keys, queries)
+    last = shared.shape[2] - 1 - jnp.argmax(shared[:, :, ::-1], axis=2)
+    return Segments(ids, last.astype(jnp.int32))
+
+
+def _shared_tiles(
+    segment_ids: Int[Array, "batch seq"], rows: int, columns: int
+) -> tuple[Int[Array, "batch padded_seq"], Bool[Array, "batch row_tiles column_tiles"]]:
+    """Ids padded to whole tiles, and which pairs of tiles may hold the same sample: ranges of ids that overlap."""
+    seq = segment_ids.shape[1]
+    ids = jnp.pad(segment_ids, ((0, 0), (0, -seq % math.lcm(rows, columns))), mode="edge")
+    by_row, by_column = (ids.reshape(len(ids), -1, size) for size in (rows, columns))
+    by_row, by_column = by_row[:, : pl.cdiv(seq, rows)], by_column[:, : pl.cdiv(seq, columns)]
+    begins = by_row.min(2)[:, :, None] <= by_column.max(2)[:, None]
+    return ids, begins & (by_row.max(2)[:, :, None] >= by_column.min(2)[:, None])
 
 
 def following(slot: Array, stages: int) -> Array:

@@ -42,7 +42,7 @@ from dsv3_jax.ops.attention.worklists import locate, worklists
 from dsv3_jax.ops.hopper import WARPGROUP_ROWS, lowered_once, operand, producer_and_consumers
 
 _WGMMA = plgpu.Layout.WGMMA
-_QUERIES = 64
+QUERIES = 64
 """Of a tile."""
 _CHUNK = 64
 """Columns of q and k in one piece of shared memory, and of dQ that a warpgroup computes at a time."""
@@ -96,8 +96,8 @@ def attention_backward(
     rope, width, dtype = q_rope.shape[-1], v.shape[-1], q_nope.dtype
     chunks, nope_chunks = (nope + rope) // _CHUNK, nope // _CHUNK
     keys, stages = config.keys, config.stages
-    tiles, query_tiles = pl.cdiv(seq, keys), pl.cdiv(seq, _QUERIES)
-    diagonal = keys // _QUERIES  # tiles of queries from which some keys are hidden by position
+    tiles, query_tiles = pl.cdiv(seq, keys), pl.cdiv(seq, QUERIES)
+    diagonal = keys // QUERIES  # tiles of queries from which some keys are hidden by position
     order = worklists(batch, heads, [query_tiles - i * diagonal for i in range(tiles)], 1, config.heads).tiles
     lse, delta = _per_query(out, log_sum_exp, d_out, scale)
     # The interpreter cannot add on the way to global memory: it gets a place for each of the summands.
@@ -111,13 +111,13 @@ def attention_backward(
         qn_ref, qr_ref, kn_ref, kr_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dkr_ref, dkn_ref, dv_ref, *refs = (
             refs
         )
-        qn_s, qr_s, do_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, kv_full, q_full, do_full, empty, *refs = refs
+        qn_s, qr_s, do_s, per_query_s, k_s, v_s, ds_s, dq_s, kv_full, q_full, do_full, empty, *refs = refs
         ds_full, ds_empty, *seg_s = refs
         wg = lax.axis_index("wg")
 
         at = locate(tiles_ref[lax.axis_index("tile")], heads, tiles)
         first = at.index * diagonal
-        last = jnp.int32(query_tiles - 1) if seg is None else seg.last_queries[at.batch, at.index]
+        last = jnp.int32(query_tiles - 1) if seg is None else seg.bounds[at.batch, at.index]
 
         def produce() -> None:
             those = pl.ds(at.index * keys, keys)
@@ -131,19 +131,23 @@ def attention_backward(
                     plgpu.copy_gmem_to_smem(kr_ref.at[at.batch, those, columns], k_s.at[c], kv_full)
                 plgpu.copy_gmem_to_smem(v_ref.at[at.batch, those, at.head], v_s, kv_full)
                 if seg is not None:
-                    plgpu.copy_gmem_to_smem(seg.ids.at[at.batch, those], seg_s[0], kv_full)
+                    plgpu.copy_gmem_to_smem(seg.ids.at[at.batch, those], seg_s[0].at[pl.ds(0, keys)], kv_full)
 
             def load_queries(i, slot):
-                mine = pl.ds(i * _QUERIES, _QUERIES)
+                mine = pl.ds(i * QUERIES, QUERIES)
                 plgpu.barrier_wait(empty.at[slot])
                 plgpu.copy_gmem_to_smem(qn_ref.at[at.batch, mine, at.head], qn_s.at[slot], q_full.at[slot])
                 plgpu.copy_gmem_to_smem(qr_ref.at[at.batch, mine, at.head], qr_s.at[slot], q_full.at[slot])
-                plgpu.copy_gmem_to_smem(lse_ref.at[at.batch, at.head, mine], lse_s.at[slot], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(lse_ref.at[at.batch, at.head, mine], per_query_s.at[0, slot], q_full.at[slot])
                 if seg is not None:
-                    plgpu.copy_gmem_to_smem(seg.ids.at[at.batch, mine], seg_s[1].at[slot], q_full.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        seg.ids.at[at.batch, mine], seg_s[0].at[pl.ds(keys + slot * QUERIES, QUERIES)], q_full.at[slot]
+                    )
                 pl.when(i == first)(load_keys)
                 plgpu.copy_gmem_to_smem(do_ref.at[at.batch, mine, at.head], do_s.at[slot], do_full.at[slot])
-                plgpu.copy_gmem_to_smem(delta_ref.at[at.batch, at.head, mine], delta_s.at[slot], do_full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    delta_ref.at[at.batch, at.head, mine], per_query_s.at[1, slot], do_full.at[slot]
+                )
                 return following(slot, stages)
 
             lax.fori_loop(first, last + 1, load_queries, jnp.int32(0))
@@ -162,14 +166,14 @@ def attention_backward(
             def probabilities(i, slot, mine):
                 """Of each key (row) and query, and the gradient of their logarithms, over the scale."""
 
-                shape = (WARPGROUP_ROWS, _QUERIES)
+                shape = (WARPGROUP_ROWS, QUERIES)
                 acc = plgpu.ACC(shape, jnp.float32)
 
                 def start_from(ref):
                     return lax.broadcast_in_dim(plgpu.load(ref, layout=_WGMMA.reduce(0)), shape, [1])
 
                 def scores(s_ref):
-                    start = start_from(lse_s.at[slot])
+                    start = start_from(per_query_s.at[0, slot])
                     preset(s_ref, start, interpret)
                     for c in range(chunks):
                         part = qn_s.at[slot, :, pl.ds(c * _CHUNK, _CHUNK)] if c < nope_chunks else qr_s.at[slot]
@@ -177,7 +181,7 @@ def attention_backward(
                     return settled(s_ref, start, interpret)
 
                 def gradients(dp_ref):
-                    start = start_from(delta_s.at[slot])
+                    start = start_from(per_query_s.at[1, slot])
                     preset(dp_ref, start, interpret)
                     plgpu.wgmma(dp_ref, v_s.at[mine], do_s.at[slot].transpose((1, 0)))
                     return settled(dp_ref, start, interpret)
@@ -186,12 +190,12 @@ def attention_backward(
                 p = jnp.exp2(pl.run_scoped(scores, acc) * (scale * LOG2_E))
                 p = lax.cond(
                     i < first + diagonal,
-                    lambda p: jnp.where(not_after(shape, first_key, i * _QUERIES, keys=0), p, 0.0),
+                    lambda p: jnp.where(not_after(shape, first_key, i * QUERIES, keys=0), p, 0.0),
                     lambda p: p,
                     p,
                 )
                 if seg is not None:
-                    seg_q = plgpu.load(seg_s[1].at[slot], layout=_WGMMA.reduce(0))
+                    seg_q = plgpu.load(seg_s[0].at[pl.ds(keys + slot * QUERIES, QUERIES)], layout=_WGMMA.reduce(0))
                     p = jnp.where(of_one_segment(shape, seg_q, seg_k, keys=0), p, 0.0)
                 p = p.astype(dtype)
                 plgpu.barrier_wait(do_full.at[slot])
@@ -205,12 +209,12 @@ def attention_backward(
                     plgpu.wgmma(acc_ref, ds_ref.transpose((1, 0)), k_s.at[chunk])
                     return acc_ref[...]
 
-                dq = pl.run_scoped(product, plgpu.ACC((_QUERIES, _CHUNK), jnp.float32))
+                dq = pl.run_scoped(product, plgpu.ACC((QUERIES, _CHUNK), jnp.float32))
                 dq_s[chunk] = dq
                 plgpu.commit_smem()
                 place = 0 if interpret is None else at.index
                 columns = pl.ds(chunk * _CHUNK, _CHUNK)
-                target = dq_ref.at[place, at.batch, pl.ds(i * _QUERIES, _QUERIES), at.head, columns]
+                target = dq_ref.at[place, at.batch, pl.ds(i * QUERIES, QUERIES), at.head, columns]
                 plgpu.copy_smem_to_gmem(dq_s.at[chunk], target, reduction_op=how)
 
             def step(i, carry):
@@ -270,22 +274,21 @@ def attention_backward(
         body,
         out_type=(jax.ShapeDtypeStruct(k_nope.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
         scratch_types=[
-            operand((stages, _QUERIES, nope), dtype),
-            operand((stages, _QUERIES, rope), dtype),
-            operand((stages, _QUERIES, width), dtype),
-            plgpu.SMEM((stages, _QUERIES), jnp.float32),
-            plgpu.SMEM((stages, _QUERIES), jnp.float32),
+            operand((stages, QUERIES, nope), dtype),
+            operand((stages, QUERIES, rope), dtype),
+            operand((stages, QUERIES, width), dtype),
+            plgpu.SMEM((2, stages, QUERIES), jnp.float32),
             operand((chunks, keys, _CHUNK), dtype),
             operand((keys, width), dtype),
-            operand((1, keys, _QUERIES), dtype),
-            operand((chunks, _QUERIES, _CHUNK), jnp.float32),
+            operand((1, keys, QUERIES), dtype),
+            operand((chunks, QUERIES, _CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=chunks + 1 + extra),
             plgpu.Barrier(num_arrivals=3 + extra, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
             plgpu.Barrier(num_arrivals=workers),
             plgpu.Barrier(num_arrivals=workers),
-            *([] if segments is None else [plgpu.SMEM(s, jnp.int32) for s in ((keys,), (stages, _QUERIES))]),
+            *([] if segments is None else [plgpu.SMEM((keys + stages * QUERIES,), jnp.int32)]),
         ],
         grid=(order.size,),
         grid_names=("tile",),

@@ -7,12 +7,13 @@ keys first. The others compute, 64 queries each:
     compute 0  | S0 | softmax 0 | S1, O += P0 V0   | softmax 1 | S2, O += P1 V1 | ...
     compute 1       | S0        | softmax 0        | S1, O += P0 V0 | softmax 1 | ...
 
-A warpgroup starts its two products together and turns to the next softmax as soon as S is there. Warpgroups take turns
-on the tensor cores, so that one's softmax runs under the other's products. q k^T is the sum of two products, so that the
-rotary keys, which all heads share, are never copied. Only the tiles on the diagonal, which come first, are masked.
+A warpgroup starts its two products together and turns to the next softmax as soon as S is there. Warpgroups take
+turns on the tensor cores, so that one's softmax runs under the other's products. q k^T is the sum of two products, so
+that the rotary keys, which all heads share, are never copied. Only the tiles on the diagonal, which come first, are
+masked.
 
-Shared memory with 128 queries and 2 slots of 128 keys, in KiB: q 48, of which the output takes 32 when its tile is done,
-k 2 x 48, v 2 x 32: 208 of 227. Registers of a thread, of 240: output 64, scores 64, probabilities in bf16 32.
+Shared memory with 128 queries and 2 slots of 128 keys, in KiB: q 48, of which the output takes 32 when its tile is
+done, k 2 x 48, v 2 x 32: 208 of 227. Registers of a thread, of 240: output 64, scores 64, probabilities in bf16 32.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dsv3_jax.ops.attention.kernel_parts import (
-    HIDDEN,
     LOG2_E,
     Segments,
     Turns,
@@ -102,7 +102,7 @@ def attention_forward(
             def one(i, slot):
                 at = locate(tiles_ref[i], heads, tiles)
                 last = lax.div(lax.min((at.index + 1) * rows, jnp.int32(seq)) - 1, jnp.int32(keys))
-                first = jnp.int32(0) if seg is None else seg.first_keys[at.batch, at.index]
+                first = jnp.int32(0) if seg is None else seg.bounds[at.batch, at.index]
                 return f(at, first, last, slot)
 
             lax.fori_loop(bounds_ref[sm], bounds_ref[sm + 1], one, jnp.int32(0))
@@ -148,11 +148,17 @@ def attention_forward(
 
             def mask(s, key_tile, slot, on_diagonal):
                 if on_diagonal:
-                    s = jnp.where(not_after(s.shape, key_tile * keys, row, keys=1), s, HIDDEN)
+                    s = jnp.where(not_after(s.shape, key_tile * keys, row, keys=1), s, -jnp.inf)
                 if seg is not None:
                     seg_k = plgpu.load(seg_s[1].at[slot], layout=_WGMMA.reduce(0))
-                    s = jnp.where(of_one_segment(s.shape, seg_q, seg_k, keys=1), s, HIDDEN)
+                    s = jnp.where(of_one_segment(s.shape, seg_q, seg_k, keys=1), s, -jnp.inf)
                 return s
+
+            def weights(s, largest, on_diagonal):
+                """exp(scale * s - largest), and zeros where all keys of a row are hidden."""
+                if on_diagonal or seg is not None:
+                    largest = jnp.where(largest == -jnp.inf, 0.0, largest)
+                return jnp.exp2(s * (scale * LOG2_E) - lax.broadcast_in_dim(largest, s.shape, [0])), largest
 
             def first_probabilities(s_ref):
                 turns.begin()
@@ -161,7 +167,7 @@ def attention_forward(
                 s = mask(plgpu.wgmma_accumulator_load(s_ref), last, slot, True)
                 plgpu.barrier_arrive(k_empty.at[slot])
                 largest = s.max(axis=1) * (scale * LOG2_E)
-                return largest, jnp.exp2(s * (scale * LOG2_E) - lax.broadcast_in_dim(largest, s.shape, [0]))
+                return largest, weights(s, largest, True)[0]
 
             plgpu.barrier_wait(k_full.at[slot])
             scores_type = plgpu.ACC((WARPGROUP_ROWS, keys), jnp.float32)
@@ -185,8 +191,8 @@ def attention_forward(
                     s = mask(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), last - i, slot, on_diagonal)
                     plgpu.barrier_arrive(k_empty.at[slot])
                     larger = jnp.maximum(largest, s.max(axis=1) * (scale * LOG2_E))
-                    shrink = jnp.exp2(largest - larger)
-                    next_p = jnp.exp2(s * (scale * LOG2_E) - lax.broadcast_in_dim(larger, s.shape, [0]))
+                    next_p, base = weights(s, larger, on_diagonal)
+                    shrink = jnp.exp2(largest - base)
                     next_total = total * shrink + next_p.sum(axis=1)
                     next_out = weighted(0)
                     plgpu.barrier_arrive(v_empty.at[before])

@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 
 
 def worklists(batch: int, heads: int, costs: Sequence[float], workers: int, group: int) -> Worklists:
-    """Hands out the tiles of all heads, each to the worker that is free first, as a counter in memory would at run time.
+    """Hands out the tiles of all heads, each to the worker that is free first, as a counter in memory would.
 
     `costs` are those of one head's tiles. The tiles of `group` heads are handed out together, so that what they read is
     still in L2, the longest first, so that all workers end at about the same time.

@@ -1,0 +1,134 @@
+"""The Hopper kernels of attention, interpreted, against a softmax over the whole score matrix; and their worklists."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.ops.attention import causal_attention, mosaic_gpu
+from dsv3_jax.ops.attention.kernel_parts import first_of_segment, last_of_segment
+from dsv3_jax.ops.attention.mosaic_gpu import Kernels, kernel_attention
+from dsv3_jax.ops.attention.mosaic_gpu_forward import ForwardConfig
+from dsv3_jax.ops.attention.worklists import worklists
+
+NOPE, ROPE, V = mosaic_gpu.WIDTHS
+SCALE = 0.09
+NAMES = ["out", "q_nope", "q_rope", "k_nope", "k_rope", "v"]
+
+
+def operands(batch: int, seq: int, heads: int) -> tuple[list[jax.Array], jax.Array]:
+    shapes = [(heads, NOPE), (heads, ROPE), (heads, NOPE), (ROPE,), (heads, V), (heads, V)]
+    rng = np.random.default_rng(seq)
+    *inputs, d_out = (jnp.asarray(rng.normal(size=(batch, seq, *s)), jnp.bfloat16) for s in shapes)
+    return inputs, d_out
+
+
+def full_softmax(segment_ids, q_nope, q_rope, k_nope, k_rope, v):
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, k_nope) + jnp.einsum("bqhd,bkd->bhqk", q_rope, k_rope)
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+    if segment_ids is not None:
+        seen &= (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(seen, scores * SCALE, -jnp.inf), axis=-1), v)
+
+
+def output_and_gradients(attention, inputs, d_out):
+    out, pullback = jax.vjp(attention, *inputs)
+    return out, *pullback(d_out)
+
+
+def assert_those_of_the_full_softmax(kernels: Kernels, inputs, d_out, segment_ids=None) -> None:
+    """Norms differ by half of one percent at most: operands, probabilities and results are rounded to 2^-9 each."""
+    got = output_and_gradients(lambda *x: kernel_attention(*x, segment_ids, SCALE, kernels), inputs, d_out)
+    wide = [x.astype(jnp.float32) for x in inputs]
+    expected = output_and_gradients(lambda *x: full_softmax(segment_ids, *x), wide, d_out.astype(jnp.float32))
+    for name, x, e in zip(NAMES, got, expected, strict=True):
+        assert x.dtype == jnp.bfloat16
+        assert x.shape == e.shape
+        assert jnp.linalg.norm(x - e) < 5e-3 * jnp.linalg.norm(e), name
+
+
+def interpreted(**cuts) -> Kernels:
+    return Kernels(2, **cuts, interpret=plgpu.InterpretGPUParams())
+
+
+# A last tile of queries that is no whole one, two heads, two sequences; more tiles of keys than slots.
+@pytest.mark.parametrize(("batch", "seq", "heads"), [(2, 200, 1), (1, 330, 2)])
+def test_output_and_gradients_are_those_of_the_full_softmax(batch, seq, heads):
+    assert_those_of_the_full_softmax(interpreted(), *operands(batch, seq, heads))
+
+
+@pytest.mark.parametrize(
+    "forward", [ForwardConfig(3, 64, 3, heads=1), ForwardConfig(2, 64, 4, take_turns=False)], ids=["three", "narrow"]
+)
+def test_however_the_forward_pass_is_cut(forward):
+    inputs, _ = operands(1, 260, 1)
+    got = kernel_attention(*inputs, None, SCALE, interpreted(forward=forward))
+    expected = full_softmax(None, *(x.astype(jnp.float32) for x in inputs))
+    assert jnp.linalg.norm(got - expected) < 5e-3 * jnp.linalg.norm(expected)
+
+
+def test_packed_samples_do_not_see_each_other():
+    # Samples that end within a tile and at its end, that fill several tiles, and ids that do not ascend.
+    ids = jnp.asarray(np.repeat([[3, 1, 7], [0, 0, 2]], [10, 118, 202], axis=1), jnp.int32)
+    assert_those_of_the_full_softmax(interpreted(), *operands(2, 330, 1), ids)
+
+
+def test_the_reference_masks_segments_too():
+    ids = jnp.asarray(np.repeat([[3, 1, 7], [0, 0, 2]], [10, 118, 202], axis=1), jnp.int32)
+    inputs, d_out = operands(2, 330, 2)
+    wide, d_out = [x.astype(jnp.float32) for x in inputs], d_out.astype(jnp.float32)
+    reference = lambda *x: causal_attention(*x, SCALE, "reference", segment_ids=ids)  # noqa: E731
+    got, expected = (output_and_gradients(f, wide, d_out) for f in (reference, lambda *x: full_softmax(ids, *x)))
+    for name, x, e in zip(NAMES, got, expected, strict=True):
+        np.testing.assert_allclose(x, e, atol=2e-5, rtol=1e-5, err_msg=name)
+
+
+def test_tiles_without_a_common_sample_are_left_out():
+    ids = jnp.asarray(np.repeat([[0, 1, 2]], [128, 256, 116], axis=1), jnp.int32)
+    np.testing.assert_array_equal(first_of_segment(ids, 128, 64).bounds, [[0, 2, 2, 6]])
+    np.testing.assert_array_equal(last_of_segment(ids, 128, 64).bounds, [[1, 5, 5, 7]])
+    assert first_of_segment(ids, 192, 128).ids.shape == (1, 768)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("seq", [4096, 1000])
+def test_both_passes_lower_for_a_gpu_at_the_671b_models_heads(seq, segmented):
+    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda: operands_of(seq)))
+    ids = jax.ShapeDtypeStruct((1, seq), jnp.int32) if segmented else None
+
+    def run(inputs, d_out, ids):
+        return output_and_gradients(lambda *x: kernel_attention(*x, ids, SCALE, Kernels()), inputs, d_out)
+
+    text = jax.jit(run).trace(*avals, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 2
+
+
+def operands_of(seq: int) -> tuple[list[jax.Array], jax.Array]:
+    shapes = [(128, NOPE), (128, ROPE), (128, NOPE), (ROPE,), (128, V), (128, V)]
+    *inputs, d_out = (jnp.zeros((1, seq, *s), jnp.bfloat16) for s in shapes)
+    return inputs, d_out
+
+
+def test_every_tile_is_handed_out_once_and_workers_end_together():
+    costs = list(range(1, 33))
+    work = worklists(2, 128, costs, 132, 8)
+    assert sorted(work.tiles) == list(range(2 * 128 * 32))
+    loads = [sum(costs[t % 32] for t in work.tiles[a:b]) for a, b in zip(work.bounds, work.bounds[1:], strict=False)]
+    assert max(loads) < 1.02 * sum(loads) / 132
+
+
+def test_heads_are_handed_out_in_groups_longest_tiles_first():
+    one = worklists(1, 4, [1, 2, 3], 1, 2)
+    np.testing.assert_array_equal(one.tiles, [2, 5, 1, 4, 0, 3, 8, 11, 7, 10, 6, 9])
+    np.testing.assert_array_equal(one.bounds, [0, 12])
+
+
+def test_naming_a_kernel_that_cannot_run_says_why():
+    inputs, _ = operands(1, 8, 1)
+    with pytest.raises(NotImplementedError, match="mosaic_gpu attention needs a Hopper GPU, the backend is cpu: use"):
+        causal_attention(*inputs, SCALE, "mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=r"takes widths of \(128, 64, 128\) \(nope, rope, v\), not"):
+        causal_attention(*inputs[:4], inputs[4][..., :64], SCALE, "mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="mosaic_gpu attention takes bfloat16, not float32"):
+        causal_attention(*(x.astype(jnp.float32) for x in inputs), SCALE, "mosaic_gpu")
