@@ -52,10 +52,12 @@ BACKWARD_CONFIGS = [BackwardConfig(heads=heads) for heads in (4, 2, 8, 16, 128)]
 def operands(batch: int, seq: int, heads: int) -> tuple[list[Array], Array]:
     """The five operands and the gradient of the output."""
     shapes = [(heads, NOPE), (heads, ROPE), (heads, NOPE), (ROPE,), (heads, VALUE), (heads, VALUE)]
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    make = jax.jit(
-        lambda: [jax.random.normal(k, (batch, seq, *s), jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
-    )
+
+    @jax.jit
+    def make() -> list[Array]:
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        return [jax.random.normal(keys[i], (batch, seq, *s), jnp.bfloat16) for i, s in enumerate(shapes)]
+
     *inputs, d_out = make()
     return inputs, d_out
 
