@@ -9,6 +9,7 @@ import pytest
 from dsv3_jax.ops.attention import causal_attention, mosaic_gpu
 from dsv3_jax.ops.attention.kernel_parts import first_of_segment, last_of_segment
 from dsv3_jax.ops.attention.mosaic_gpu import Kernels, kernel_attention
+from dsv3_jax.ops.attention.mosaic_gpu_backward import BackwardConfig
 from dsv3_jax.ops.attention.mosaic_gpu_forward import ForwardConfig
 from dsv3_jax.ops.attention.worklists import worklists
 
@@ -53,9 +54,12 @@ def interpreted(**cuts) -> Kernels:
 
 
 # A last tile of queries that is no whole one, two heads, two sequences; more tiles of keys than slots.
-@pytest.mark.parametrize(("batch", "seq", "heads"), [(2, 200, 1), (1, 330, 2)])
-def test_output_and_gradients_are_those_of_the_full_softmax(batch, seq, heads):
-    assert_those_of_the_full_softmax(interpreted(), *operands(batch, seq, heads))
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "cut"),
+    [(2, 200, 1, BackwardConfig()), (1, 330, 2, BackwardConfig(alternate=True, dq_columns=8))],
+)
+def test_output_and_gradients_are_those_of_the_full_softmax(batch, seq, heads, cut):
+    assert_those_of_the_full_softmax(interpreted(backward=cut), *operands(batch, seq, heads))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,12 @@ FORWARD_CONFIGS = [
     ForwardConfig(warpgroups=3, keys=64, stages=3),
     ForwardConfig(warpgroups=3, keys=64, stages=3, take_turns=False),
 ]
-BACKWARD_CONFIGS = [BackwardConfig(heads=heads) for heads in (4, 2, 8, 16, 128)]
+BACKWARD_CONFIGS = [
+    *(BackwardConfig(heads=heads) for heads in (4, 2, 8, 32)),
+    BackwardConfig(alternate=True),
+    BackwardConfig(dq_columns=8),
+    BackwardConfig(alternate=True, dq_columns=8),
+]
 
 
 def operands(batch: int, seq: int, heads: int) -> tuple[list[Array], Array]:

@@ -7,7 +7,7 @@ the gradients of 64 keys each in registers. With scores transposed, so that prob
     S^T = K Q^T - lse | dP^T = V dO^T - delta | P = exp2 S | dS = P dP | dV += P^T dO | dK += dS^T Q | dQ += dS K
 
 dQ needs the dS of both warpgroups: they meet over a copy in shared memory, then each computes 64 or 128 of its 192
-columns, turn about, and adds them to float32 in L2. So is the gradient of the rotary key, which all heads share: 32 KiB
+columns and adds them to float32 in L2. So is the gradient of the rotary key, which all heads share: 32 KiB
 a tile and head, 2% of what dQ adds, where a copy for each head would be written and read again (537 MB at 128 heads
 and 4096 tokens with float32, 9% of the traffic of all other operands). lse and delta are what the accumulators of S and
 dP start from, so they take neither registers nor instructions of their own.
@@ -58,6 +58,11 @@ class BackwardConfig:
     """Slots in shared memory for tiles of queries and output gradients."""
     heads: int = 4
     """Whose tiles are handed out together, so that what they share stays in L2."""
+
+    alternate: bool = False
+    """Whether warpgroups take turns at the larger part of dQ, instead of the first always taking it."""
+    dq_columns: int = 32
+    """Columns of dQ that are next to each other in shared memory: 32, or 8 with shorter requests to memory."""
 
     @property
     def warpgroups(self) -> int:
@@ -197,10 +202,8 @@ def attention_backward(
                 if seg is not None:
                     seg_q = plgpu.load(seg_s[0].at[pl.ds(keys + slot * QUERIES, QUERIES)], layout=_WGMMA.reduce(0))
                     p = jnp.where(of_one_segment(shape, seg_q, seg_k, keys=0), p, 0.0)
-                p = p.astype(dtype)
                 plgpu.barrier_wait(do_full.at[slot])
-                p, dp = lax.optimization_barrier((p, pl.run_scoped(gradients, acc)))
-                return p, (p.astype(jnp.float32) * dp).astype(dtype)
+                return p.astype(dtype), (p * pl.run_scoped(gradients, acc)).astype(dtype)
 
             def add_dq(i, chunk, ds_ref):
                 """Adds 64 columns of dQ to those in memory."""
@@ -235,7 +238,7 @@ def attention_backward(
                     preset(dkr_ref, dkr, interpret)
                     plgpu.wgmma(dkr_ref, ds_ref.at[mine], qr_s.at[slot])
                     plgpu.barrier_wait(ds_full)
-                    mine_first = lax.rem(i + wg, jnp.int32(2))
+                    mine_first = lax.rem(i + wg, jnp.int32(2)) if config.alternate else wg + zero
                     lax.fori_loop(0, 2 - mine_first, lambda j, _: add_dq(i, mine_first + 2 * j, ds_ref), None)
                     result = settled(dkn_ref, dkn, interpret), settled(dkr_ref, dkr, interpret), weighted(0)
                     plgpu.barrier_arrive(empty.at[slot])
@@ -281,7 +284,7 @@ def attention_backward(
             operand((chunks, keys, _CHUNK), dtype),
             operand((keys, width), dtype),
             operand((1, keys, QUERIES), dtype),
-            operand((chunks, QUERIES, _CHUNK), jnp.float32),
+            _staged((chunks, QUERIES, _CHUNK), config.dq_columns),
             plgpu.Barrier(num_arrivals=chunks + 1 + extra),
             plgpu.Barrier(num_arrivals=3 + extra, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -303,6 +306,12 @@ def attention_backward(
     dq = (jax.freeze(dq_sum).sum(0) * scale).astype(dtype)
     dk_rope = jax.freeze(dkr_sum).sum(0).astype(dtype)
     return dq[..., :nope], dq[..., nope:], dk_nope, dk_rope, dv
+
+
+def _staged(shape: tuple[int, ...], columns: int) -> Any:
+    """Shared memory for float32 on its way to memory."""
+    transforms = (plgpu.TilingTransform((8, columns)), *([plgpu.SwizzleTransform(128)] if columns == 32 else []))
+    return plgpu.SMEM(shape, jnp.float32, transforms=transforms)
 
 
 def _per_query(
