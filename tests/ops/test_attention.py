@@ -1,11 +1,13 @@
 """Blockwise causal attention against a softmax over the whole score matrix, which it never forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.ops.attention import causal_attention, cudnn
 
 HEADS, NOPE, ROPE, V, SCALE = 2, 8, 4, 6, 0.35
 
@@ -101,3 +103,35 @@ def test_shapes_that_cudnn_refuses_run_the_reference_unless_it_is_named(monkeypa
 def test_without_a_name_the_cpu_runs_the_reference():
     inputs = operands(4)
     np.testing.assert_array_equal(causal_attention(*inputs, SCALE), blockwise(*inputs))
+
+
+def cudnn_shapes(attention):
+    """Of the output and of the gradient of the values."""
+    q = jnp.zeros((1, 64, 2, 192), jnp.bfloat16)
+    v = jnp.zeros((1, 64, 2, 128), jnp.bfloat16)
+    out = jax.eval_shape(attention, q, q, v)
+    dv = jax.eval_shape(jax.grad(lambda v: attention(q, q, v).astype(jnp.float32).sum()), v)
+    return out.shape, dv.shape
+
+
+def test_cudnn_takes_values_narrower_than_keys_as_they_are(monkeypatch):
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    for name, answer in {"check_cudnn_version": 91000, "check_compute_capability": True}.items():
+        monkeypatch.setattr(fused, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda _: False)
+    assert cudnn.unpadded_entry() is not None
+    assert cudnn_shapes(partial(cudnn.cudnn_attention, scale=0.1)) == ((1, 64, 2, 128),) * 2
+
+
+def test_without_jaxs_private_entry_values_are_padded(monkeypatch):
+    widths, original = [], jax.nn.dot_product_attention
+
+    def public(q, k, v, *, scale, is_causal, implementation):
+        assert implementation == "cudnn"
+        widths.append(v.shape[-1])
+        return original(q, k, v, scale=scale, is_causal=is_causal)
+
+    monkeypatch.setattr(cudnn, "unpadded_entry", lambda: None)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", public)
+    assert cudnn_shapes(partial(cudnn.cudnn_attention, scale=0.1)) == ((1, 64, 2, 128),) * 2
+    assert set(widths) == {192}
