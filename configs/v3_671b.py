@@ -1,13 +1,16 @@
 """DeepSeek-V3: 671B parameters, 37B active, pre-trained on 14.8T tokens.
 
-Sizes, schedules and the 8 x 8 expert-parallel group are the technical report's (3.2 and 4.2). Ours, where the report
-says nothing: the grain of the batch ramp, the decay of the averaged weights, and how often to save.
+Sizes, schedules, the 16 pipeline ranks and the 8 x 8 expert-parallel group are the technical report's (3.2 and 4.2): on
+its 2048 GPUs two replicas of 16 x 64. Ours, where the report says nothing: the grain of the batch ramp, the order of
+its first steps, which have too few microbatches for DualPipe's, the decay of the averaged weights, and how often to
+save.
 """
 
 from dsv3_jax.config import (
     BatchConfig,
     CheckpointConfig,
     Config,
+    LogConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -45,12 +48,13 @@ def config() -> Config:
         sequences=15360,
         start_sequences=3072,
         ramp_tokens=469e9,
+        ramp_microbatches=2,  # one for each of DualPipe's directions
         microbatch=128,  # one sequence for each of the 2048 / 16 ranks that the report's 16 pipeline stages leave
     )
     optimizer = OptimizerConfig(
         peak_lr=2.2e-4,
-        # 2000 steps, whose batch grows from 3072 to 3712 sequences meanwhile; without the ramp they would be 25.2B.
-        warmup_tokens=27.5e9,
+        # 2000 steps, whose batch grows from 3072 to 3584 sequences meanwhile; without the ramp they would be 25.2B.
+        warmup_tokens=26.98e9,
         decay_start_tokens=10e12,
         decay_end_tokens=14.3e12,
         decayed_lr=2.2e-5,
@@ -71,9 +75,10 @@ def config() -> Config:
         batch=batch,
         optimizer=optimizer,
         loss=loss,
-        parallel=ParallelConfig(node=8, gpu=8),
+        parallel=ParallelConfig(pipe=16, schedule="dualpipe", node=8, gpu=8),
         checkpoint=CheckpointConfig(every=500),
-        steps=242_940,  # 15,155 of the growing batch, then 62.9M tokens each: 14.8T in all
+        log=LogConfig(sample_tokens=0),  # a sample is decoded from all weights on one device
+        steps=243_099,  # 15,314 of the growing batch, then 62.9M tokens each: 14.8T in all
         output_dir="runs/v3_671b",
         resume="auto",
         precision="fp8",

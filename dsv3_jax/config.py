@@ -163,15 +163,23 @@ class BatchConfig:
     """Sequences of the first steps; None is no ramp."""
     ramp_tokens: float = 0.0
     """Tokens over which the batch grows linearly to `sequences`."""
+    ramp_microbatches: int = 1
+    """Microbatches that the batch grows by at a time. Schedules of two directions, as dualpipe, need an even number."""
     microbatch: int | None = None
     """Sequences of one forward and backward pass, over the whole mesh; None takes the batch at once. The batch grows
     by whole microbatches."""
 
     def __post_init__(self) -> None:
         require(self.seq_len > 1, "batch.seq_len", self.seq_len, "must be at least 2")
-        for name in ("sequences", "start_sequences", "microbatch"):
+        for name in ("sequences", "start_sequences", "microbatch", "ramp_microbatches"):
             value = getattr(self, name)
             require(value is None or value > 0, f"batch.{name}", value, "must be positive")
+        require(
+            self.ramp_microbatches == 1 or self.start_sequences is not None,
+            "batch.ramp_microbatches",
+            self.ramp_microbatches,
+            "is for a batch that grows; set batch.start_sequences, or leave it out",
+        )
         require(
             self.start_sequences is None or self.start_sequences <= self.sequences,
             "batch.start_sequences",
@@ -205,11 +213,21 @@ class BatchConfig:
         return self.microbatch or self.sequences
 
     def sequences_at(self, tokens: int) -> int:
-        """Sequences of the step that starts after `tokens` tokens: linear over the ramp, in whole microbatches."""
+        """Sequences of the step that starts after `tokens` tokens: linear over the ramp, so many microbatches at a
+        time."""
         if self.start_sequences is None or tokens >= self.ramp_tokens:
             return self.sequences
         grown = (self.sequences - self.start_sequences) * tokens / self.ramp_tokens
-        return self.start_sequences + int(grown // self.rows_per_microbatch) * self.rows_per_microbatch
+        return self.start_sequences + int(grown // self._grain) * self._grain
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sequences of every batch that the run may take, from the first to the last."""
+        return [*range(self.start_sequences or self.sequences, self.sequences, self._grain), self.sequences]
+
+    @property
+    def _grain(self) -> int:
+        return self.ramp_microbatches * self.rows_per_microbatch
 
     def tokens_after(self, steps: int) -> int:
         """Tokens that the first `steps` optimizer steps take."""
@@ -230,7 +248,8 @@ class ParallelConfig:
         "dualpipe_lockstep_late",
     ] = "1f1b"  # fmt: skip
     """In which order the pipeline's ranks run their stages. interleaved_1f1b and dualpipev cut the model into two
-    stages a rank; dualpipe and its lockstep orders keep two copies of it, for an even number of ranks."""
+    stages a rank; dualpipe and its lockstep orders keep two copies of it, for an even number of ranks. While a batch
+    that grows is too small for dualpipe (less than 2 x pipe microbatches), steps take dualpipe_lockstep's order."""
     data: int | None = None
     """Replicas of the experts; None takes what `node` and `gpu` leave."""
     node: int = 1
@@ -240,13 +259,13 @@ class ParallelConfig:
     devices: int | None = None
     """Devices to use, over all processes; on CPU they are emulated by the command line. None takes all there are."""
     expert_buffer_factor: float = 2.0
-    """Rows a device can receive in the expert exchange, over a balanced load. A step that needs more is run again with
-    a larger buffer."""
+    """Rows a device can send another in the expert exchange, and compute with, over a balanced load. A step that needs
+    more is run again with a larger buffer."""
     start_timeout: float = 50.0
     """Seconds that the processes of a run wait for one another at its start."""
-    exchange: Literal["flat", "hierarchical"] | None = None
-    """How rows reach their experts: `flat` sends each to every expert's device; `hierarchical` to every node once, and
-    on inside it. None is `hierarchical` where there are several nodes of several GPUs."""
+    exchange: Literal["hierarchical", "flat"] = "hierarchical"
+    """How rows reach their experts: `hierarchical` sends each to every node once, and on to every device there; `flat`
+    straight to every device."""
     overlap_microbatches: bool = False
     """Run two microbatches side by side, so that the expert exchange of one can hide behind the products of the other;
     takes the activations of both."""
@@ -261,6 +280,12 @@ class ParallelConfig:
             "parallel.expert_buffer_factor",
             self.expert_buffer_factor,
             "a balanced load needs a factor of at least 1",
+        )
+        require(
+            self.pipe > 1 or self.schedule == "1f1b",
+            "parallel.schedule",
+            self.schedule,
+            "orders the ranks of a pipeline, and parallel.pipe=1 is none; set parallel.pipe, or leave it out",
         )
         require(self.start_timeout > 0, "parallel.start_timeout", self.start_timeout, "must be positive")
 
@@ -278,13 +303,6 @@ class ParallelConfig:
             f"pipe {self.pipe} x data {data} x node {self.node} x gpu {gpu}",
             f"is {total} devices, and there are {devices}: change parallel.pipe, parallel.data, parallel.node, "
             "parallel.gpu or parallel.devices",
-        )
-        require(
-            self.exchange != "hierarchical" or (self.node > 1 and gpu > 1),
-            "parallel.exchange",
-            self.exchange,
-            f"needs several nodes of several GPUs, and parallel.node x parallel.gpu is {self.node} x {gpu}; use "
-            "'flat', or None to let the mesh decide",
         )
         return {"pipe": self.pipe, "data": data, "node": self.node, "gpu": gpu}
 

@@ -126,6 +126,24 @@ BAD_SETTINGS = {
 }
 
 
+PIPELINE = ["--parallel.devices", 6, "--batch.sequences", 12, "--batch.microbatch", 3]
+BAD_PIPELINES = {
+    "odd ranks": (["--parallel.pipe", 3, "--parallel.schedule", "dualpipe"], ["parallel.pipe=3", "use an even number"]),
+    "odd microbatches": (
+        ["--parallel.pipe", 2, "--parallel.schedule", "dualpipe", "--batch.sequences", 15],
+        ["15 sequences has 5", "use an even number; change batch.microbatch=3 or batch.sequences"],
+    ),
+    "unknown schedule": (["--parallel.pipe", 2, "--parallel.schedule", "dualpip"], ["'dualpip'", "'dualpipev'"]),
+    "more ranks than layers": (["--parallel.pipe", 6], ["parallel.pipe=6", "model.num_layers=1; lower parallel.pipe"]),
+    "no ranks": (["--parallel.schedule", "dualpipe"], ["parallel.pipe=1 is none; set parallel.pipe"]),
+}
+
+
+@pytest.mark.parametrize(("settings", "parts"), BAD_PIPELINES.values(), ids=BAD_PIPELINES.keys())
+def test_bad_pipeline_is_one_sentence_with_its_remedy(error_of, config_file, settings, parts):
+    assert_is_one_sentence(error_of("train", config_file, *PIPELINE, *settings), *parts)
+
+
 @pytest.mark.parametrize(("settings", "parts"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
 @pytest.mark.parametrize("command", ["plan", "train"])
 def test_bad_setting_is_named(error_of, config_file, command, settings, parts):

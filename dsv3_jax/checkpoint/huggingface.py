@@ -15,12 +15,10 @@ from dsv3_jax.checkpoint.huggingface_config import config_from_hf, config_to_hf,
 from dsv3_jax.checkpoint.huggingface_layout import (
     SCALE_SUFFIX,
     copied_tensors,
-    is_shape,
     leaf_at,
     mtp_layers,
     tensor_places,
     tensor_shapes,
-    tree_shapes,
 )
 from dsv3_jax.checkpoint.safetensors_shards import (
     INDEX_NAME,
@@ -33,6 +31,7 @@ from dsv3_jax.checkpoint.safetensors_shards import (
     scale_values,
 )
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_shapes import is_shape, tree_shapes
 
 CONFIG_NAME = "config.json"
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -1,9 +1,10 @@
 """What the matrix kernels for Hopper share: operands in shared memory, who produces and consumes, walk and store."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import wraps
 from typing import Any, Literal, Protocol, get_args
 
 import jax
@@ -11,6 +12,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array
 
 WARPGROUP_ROWS = 64
@@ -45,8 +47,39 @@ Implementation = Literal["reference", "mosaic_gpu"]
 
 def lowered_once(*static: str) -> Callable:
     """A decorator for what launches a kernel: a program that calls it many times with operands of one shape holds, and
-    compiles, it once. `static` names the arguments that are no arrays."""
-    return partial(jax.jit, static_argnames=static)
+    compiles, it once. `static` names the arguments that are no arrays.
+
+    Under `shard_map` the kernel is traced apart: operands that vary between devices would make its references vary too,
+    which Pallas refuses. Its results vary as the operands do.
+    """
+
+    def decorate(launch: Callable) -> Callable:
+        compiled, parameters = jax.jit(launch, static_argnames=static), inspect.signature(launch)
+
+        @wraps(launch)
+        def run(*args: Any, **named: Any) -> Any:
+            given = parameters.bind(*args, **named).arguments
+            settings = {name: given.pop(name) for name in static if name in given}
+            leaves, tree = jax.tree.flatten(dict(given))
+            axes = frozenset().union(*(jax.typeof(x).mat.varying for x in leaves))
+            if not axes:
+                return compiled(*args, **named)
+
+            def flat(*leaves: Array) -> Any:
+                return compiled(**jax.tree.unflatten(tree, leaves), **settings)
+
+            like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+            traced, out = jax.make_jaxpr(flat, return_shape=True)(*like)
+            results = jaxpr_as_fun(traced)(*leaves)
+            return jax.tree.unflatten(jax.tree.structure(out), [_vary(x, axes) for x in results])
+
+        return run
+
+    return decorate
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    return lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying")
 
 
 def takes_kernel(implementation: Implementation | None, what: str, *refusals: str | None) -> bool:

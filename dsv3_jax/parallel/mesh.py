@@ -9,25 +9,6 @@ from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.parallel.pipeline_stages import check_pipeline
 
 
-def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Axes the batch is split over. An axis of one device is left out everywhere: it needs no collective."""
-    return _active(mesh, ("data", "node", "gpu"))
-
-
-def pipe_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axis over which the model's layers are cut into stages, if there is more than one."""
-    return _active(mesh, ("pipe",))
-
-
-def expert_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Axes of one expert-parallel group; `node` is the slow link."""
-    return _active(mesh, ("node", "gpu"))
-
-
-def _active(mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
-
-
 def make_mesh(config: Config) -> Mesh:
     """The mesh of a run. Raises ConfigError where devices, experts or sequences do not divide, or where the schedule
     does not work with the ranks, layers and microbatches."""
@@ -46,14 +27,15 @@ def make_mesh(config: Config) -> Mesh:
             f"fewer processes, or use all {len(there)} devices"
         )
     shape = config.parallel.shape(len(devices))
-    _check_divides(config, shape)
-    if shape["pipe"] > 1:
-        check_pipeline(config)
+    check_shape(config, shape)
     grid = np.asarray(devices).reshape(tuple(shape.values()))
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def _check_divides(config: Config, shape: dict[str, int]) -> None:
+def check_shape(config: Config, shape: dict[str, int]) -> None:
+    """Raises ConfigError where experts, sequences, layers or microbatches do not divide over a mesh of these sizes."""
+    if shape["pipe"] > 1:
+        check_pipeline(config)
     group = shape["node"] * shape["gpu"]
     if config.model.num_experts % group:
         raise ConfigError(

@@ -7,7 +7,8 @@ that wrote one would copy it whole.
 
 Stages are loops over the layers that a rank holds, from its first to its last, so that one program fits stages of any
 size. Embedding and tail (final norm, head, MTP modules) run on the ranks of the first and last stage only; the tail
-runs forward and backward at once, when the last stage's backward begins.
+runs forward and backward at once, when the last stage's backward begins. Evaluation has forwards alone: nothing is
+kept, and the tail follows the last stage's forward.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from dsv3_jax.parallel import pipeline_layer
 from dsv3_jax.parallel.mesh import vary_over
 from dsv3_jax.parallel.pipeline_layer import Layer, Weights
 from dsv3_jax.parallel.pipeline_stages import Layout
-from dsv3_jax.parallel.pipeline_table import Table, Work
+from dsv3_jax.parallel.pipeline_table import Channel, Table, Work
 
 type Tree = Any
 type Row = dict[str, Int[Array, ""]]
@@ -82,7 +83,8 @@ class _Rank:
 
     model: Model
     table: Table
-    tokens: Int[Array, "microbatches batch seq"]
+    tokens: Tree
+    """What embedding and tail read, stacked by microbatch."""
     stages: int
     axes: tuple[str, ...]
 
@@ -90,6 +92,12 @@ class _Rank:
     def shapes(self) -> tuple[Sums, _Made]:
         """Of all that the passes make."""
         return _shapes(self)
+
+    @property
+    def rows(self) -> Row:
+        """The table's columns of this rank, stacked by tick."""
+        here = jax.lax.axis_index("pipe")
+        return self.vary({name: jnp.asarray(column)[:, here] for name, column in self.table.columns.items()})
 
     @property
     def nothing(self) -> _Made:
@@ -138,8 +146,6 @@ def run(
         )
         for name, value in most.items()
     }
-    here = jax.lax.axis_index("pipe")
-    rows = rank.vary({name: jnp.asarray(column)[:, here] for name, column in table.columns.items()})
     branches = [partial(_work, rank, work) for work in table.works]
 
     def tick(carry: tuple[dict, Sums], row: Row) -> tuple[tuple[dict, Sums], None]:
@@ -147,8 +153,48 @@ def run(
         sums, made = jax.lax.switch(row["work"], branches, sums, pools, row)
         return (_pass_on(table, pools, made, row), sums), None
 
-    (_, sums), _ = jax.lax.scan(tick, (pools, rank.zeros(sums)), rows)
+    (_, sums), _ = jax.lax.scan(tick, (pools, rank.zeros(sums)), rank.rows)
     return sums
+
+
+def run_forward(model: Model, table: Table, stages: int, batches: Tree, axes: tuple[str, ...]) -> Tree:
+    """The tail's report, summed over microbatches, on the rank of the last stage; zeros on the others. No backward.
+
+    To be called as `run`, with the table of a schedule that has forwards only. What embedding and tail read of a
+    microbatch may be any tree, stacked.
+    """
+    rank = _Rank(model, table, batches, stages, axes)
+    x = jax.eval_shape(model.embed, model.ends, _take(batches, jnp.int32(0)))
+    report = jax.eval_shape(model.tail, x, model.ends, _take(batches, jnp.int32(0)))[1]
+
+    def forward(inputs: Array, report: Tree, row: Row) -> tuple[Array, Tree]:
+        stage, batch = row["F_stage"], _take(batches, row["F_microbatch"])
+        x = _entering(rank, inputs, row)
+        for kind, layer in model.layers.items():
+            first, count = rank.place(kind, stage)
+
+            def body(i: Array, x: Array, kind: str = kind, layer: Layer = layer, first: Array = first) -> Array:
+                return rank.vary(layer(x, *rank.layer(kind, first + i))[0][0])
+
+            x = jax.lax.fori_loop(0, count, body, x)
+
+        def tail() -> Tree:
+            return rank.vary(_sum(report, model.tail(x, model.ends, batch)[1]))
+
+        return x, jax.lax.cond(stage == stages - 1, tail, lambda: report)
+
+    branches = [forward if work[0] else lambda inputs, report, row: (rank.zeros(x), report) for work in table.works]
+
+    def tick(carry: tuple[Array, Tree], row: Row) -> tuple[tuple[Array, Tree], None]:
+        inputs, report = carry
+        y, report = jax.lax.switch(row["work"], branches, inputs, report, row)
+        for channel in table.channels:
+            inputs = _arrive(channel, inputs, y, row)
+        return (inputs, report), None
+
+    pool = jax.ShapeDtypeStruct((table.slots["inputs"], *x.shape), x.dtype)
+    (_, report), _ = jax.lax.scan(tick, rank.zeros((pool, report)), rank.rows)
+    return report
 
 
 def _pass_on(table: Table, pools: dict[str, Tree], made: _Made, row: Row) -> dict[str, Tree]:
@@ -161,10 +207,15 @@ def _pass_on(table: Table, pools: dict[str, Tree], made: _Made, row: Row) -> dic
     }
     for channel in table.channels:
         value, pool = (made.y, "inputs") if channel.passes == "F" else (made.dx, "gradients")
-        if channel.shift:
-            value = jax.lax.ppermute(value, "pipe", channel.pairs)
-        pools[pool] = _put(pools[pool], row[channel.name], value)
+        pools[pool] = _arrive(channel, pools[pool], value, row)
     return pools
+
+
+def _arrive(channel: Channel, pool: Array, value: Array, row: Row) -> Array:
+    """The pool of the rank that a value goes to, with it."""
+    if channel.shift:
+        value = jax.lax.ppermute(value, "pipe", channel.pairs)
+    return _put(pool, row[channel.name], value)
 
 
 def _work(rank: _Rank, work: Work, sums: Sums, pools: dict[str, Tree], row: Row) -> tuple[Sums, _Made]:
@@ -183,12 +234,7 @@ def _work(rank: _Rank, work: Work, sums: Sums, pools: dict[str, Tree], row: Row)
 
 def _forward(rank: _Rank, sums: Sums, pools: dict[str, Tree], row: Row) -> tuple[Array, dict[str, Tree], Sums]:
     model, stage = rank.model, row["F_stage"]
-    tokens = _take(rank.tokens, row["F_microbatch"])
-    x = jax.lax.cond(
-        stage == 0,
-        lambda: rank.vary(model.embed(model.ends, tokens)),
-        lambda: _take(pools["inputs"], row["F_from"]),
-    )
+    x = _entering(rank, pools["inputs"], row)
     kept, stats = rank.nothing.kept, dict(sums.stats)
     for kind, layer in model.layers.items():
         first, count = rank.place(kind, stage)
@@ -200,6 +246,16 @@ def _forward(rank: _Rank, sums: Sums, pools: dict[str, Tree], row: Row) -> tuple
 
         x, kept[kind], stats[kind] = jax.lax.fori_loop(0, count, body, (x, kept[kind], stats[kind]))
     return x, kept, replace(sums, stats=stats)
+
+
+def _entering(rank: _Rank, inputs: Array, row: Row) -> Array:
+    """What enters a forward: the embedded tokens, or what the stage before has sent."""
+    tokens = _take(rank.tokens, row["F_microbatch"])
+    return jax.lax.cond(
+        row["F_stage"] == 0,
+        lambda: rank.vary(rank.model.embed(rank.model.ends, tokens)),
+        lambda: _take(inputs, row["F_from"]),
+    )
 
 
 def _backward(

@@ -30,23 +30,44 @@ class Layout:
 def schedule_of(config: Config, microbatches: int) -> Schedule:
     """The schedule of a step of so many microbatches. Raises ConfigError where it does not work with that number or
     with the ranks."""
-    name, ranks = config.parallel.schedule, config.parallel.pipe
+    name, ranks, batch = config.parallel.schedule, config.parallel.pipe, config.batch
+    grows = microbatches < batch.sequences // batch.rows_per_microbatch
+    if name == "dualpipe" and grows and microbatches < 2 * ranks:
+        name = "dualpipe_lockstep"  # the same stages on the same ranks, in an order that any even number fits
     try:
         return make(name, ranks, microbatches)
     except ValueError as error:
+        cause, _, reason = str(error).partition(": ")
+        chosen = f"parallel.pipe={ranks} with parallel.schedule={name!r}"
+        if cause.startswith("ranks"):
+            raise ConfigError(f"{chosen}: {reason}") from error
+        ramp = "batch.start_sequences or batch.ramp_microbatches" if len(batch.sizes) > 1 else "batch.sequences"
         raise ConfigError(
-            f"parallel.schedule={name!r}: {error} (ranks is parallel.pipe; microbatches is batch.sequences / "
-            "batch.microbatch, and where the batch grows any number from the first batch's on)"
+            f"{chosen}: a step of {microbatches * batch.rows_per_microbatch} sequences has {microbatches} "
+            f"microbatches, and {reason}; change batch.microbatch={batch.microbatch} or {ramp}"
         ) from error
+
+
+def step_in_words(config: Config) -> str:
+    """The pipeline of a step, and what to do where its ranks mostly wait for one another; "" without a pipeline."""
+    count, ranks = config.batch.sequences // config.batch.rows_per_microbatch, config.parallel.pipe
+    if ranks == 1:
+        return ""
+    advice = f"; {2 * ranks} would keep its ranks busier: lower batch.microbatch" if count < 2 * ranks else ""
+    return f"{config.parallel.schedule} of {count} microbatches{advice}"
 
 
 def check_pipeline(config: Config) -> None:
     """Raises ConfigError for a pipeline that some step of the run could not use."""
-    batch = config.batch
-    first = (batch.start_sequences or batch.sequences) // batch.rows_per_microbatch
-    for microbatches in range(first, batch.sequences // batch.rows_per_microbatch + 1):
-        schedule = schedule_of(config, microbatches)
-    stage_bounds(config.model, schedule.stages)
+    for sequences in config.batch.sizes:
+        schedule = schedule_of(config, sequences // config.batch.rows_per_microbatch)
+    layers, stages = config.model.num_layers, schedule.stages
+    if stages > layers:
+        fewer = ", or take a parallel.schedule with one stage a rank" if stages > schedule.ranks else ""
+        raise ConfigError(
+            f"parallel.pipe={schedule.ranks} with parallel.schedule={schedule.kind!r}: cuts the model into {stages} "
+            f"stages, and model.num_layers={layers}; lower parallel.pipe{fewer}"
+        )
 
 
 def layouts(model: ModelConfig, schedule: Schedule) -> dict[str, Layout]:
@@ -81,10 +102,7 @@ def stage_bounds(model: ModelConfig, stages: int) -> list[int]:
     Costs are matrix products of a token; the last stage also runs the head and the MTP modules.
     """
     if stages > model.num_layers:
-        raise ConfigError(
-            f"model.num_layers={model.num_layers}: a pipeline of {stages} stages needs as many layers; lower "
-            "parallel.pipe, or choose a parallel.schedule with fewer stages a rank"
-        )
+        raise ConfigError(f"model.num_layers={model.num_layers}: a pipeline of {stages} stages needs as many layers")
     d, heads, rank = model.d_model, model.num_heads, model.q_lora_rank
     width = heads * model.qk_head_dim
     attention = d * width if rank is None else rank * (d + width)

@@ -88,9 +88,12 @@ def make_table(schedule: Schedule) -> Table:
 
 def _live(build: _Builder, at: dict, stage: int, microbatch: int) -> None:
     """From when to when what one forward needs and leaves is held, and which columns name its slots."""
-    (forward, rank), (inputs, _), (weight, _) = (at[letter, stage, microbatch] for letter in "FIW")
+    forward, rank = at["F", stage, microbatch]
     if stage:
         _arrive(build, at["F", stage - 1, microbatch], (forward, rank), "F", "inputs", "F_from")
+    if ("I", stage, microbatch) not in at:
+        return  # evaluation: nothing waits for a backward
+    (inputs, _), (weight, _) = (at[letter, stage, microbatch] for letter in "IW")
     build.lives["kept"].append((rank, forward, inputs, [(forward, "F_to"), (inputs, "I_kept")]))
     if stage + 1 < build.schedule.stages:
         _arrive(build, at["I", stage + 1, microbatch], (inputs, rank), "I", "gradients", "I_from")

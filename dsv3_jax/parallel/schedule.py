@@ -7,7 +7,7 @@ compared, simulated, drawn and checked without a device.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -66,7 +66,7 @@ class Schedule:
     """The operations of every rank, in order."""
 
     kind: str
-    """One of `KINDS`."""
+    """One of `KINDS`, or `forward_only`."""
     ranks: int
     microbatches: int
     """Of all directions together."""
@@ -124,6 +124,12 @@ def make(kind: str, ranks: int, microbatches: int) -> Schedule:
             raise ValueError(f"{name}={value}: a {kind} schedule needs at least 1")
     placement, order = ORDERS[kind](ranks, microbatches)
     return from_cells(kind, ranks, microbatches, placement, order)
+
+
+def forward_only(ranks: int, microbatches: int) -> Schedule:
+    """gpipe's forwards without its backwards: what an evaluation runs. Raises ValueError as `make`."""
+    whole = make("gpipe", ranks, microbatches)
+    return replace(whole, kind="forward_only", cells=whole.cells[:, :microbatches])
 
 
 def from_cells(

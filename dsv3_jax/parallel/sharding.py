@@ -1,16 +1,11 @@
-"""Which dimension of which parameter lives on which mesh axis: the one table of sharding rules.
+"""What a device does by the table of sharding rules: gathers compute weights from shards of the state, and reduces
+gradients to them.
 
-Compute weights: routed experts are split over `node` x `gpu` along their expert dimension, all else is replicated.
-ZeRO-1: master weights and moments are further split over the axes a parameter is replicated on (report 3.2).
-
-`pipe`: master weights and moments are split over it too, along a dimension inside each layer and never along the
-layers, so that the state is the same on any mesh whatever the stages, and every rank updates as much of it. A step
-sends each rank the layers that its stages run, in every direction, and the gradients back; what is not a stack of
-layers goes to all ranks.
+A step sends each rank of a pipeline the layers that its stages run, in every direction, and the gradients back; what is
+not a stack of layers goes to all ranks.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -21,48 +16,21 @@ from numpy import ndarray
 
 from dsv3_jax.ops.quantize import TILE, Blocked, blocked, quantize_blocks
 from dsv3_jax.ops.weights import Params
-from dsv3_jax.parallel.mesh import batch_axes, expert_axes, pipe_axes, vary_over
+from dsv3_jax.parallel.mesh import vary_over
+from dsv3_jax.parallel.placement import Placement, place
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """Where one parameter lives."""
+class Sharding(Placement):
+    """Where one parameter lives, and its ways there."""
 
-    expert_dim: int | None
-    """Dimension split over `expert_axes`; None for a parameter that every device computes with."""
-    expert_axes: tuple[str, ...]
-    """Axes over which compute weights differ."""
-    zero_dim: int | None
-    """Dimension of master weight and moments that is split over `zero_axes`; None where none divides."""
-    zero_axes: tuple[str, ...]
-    """Axes over which master weight and moments are split."""
-    replica_axes: tuple[str, ...]
-    """Axes over which the compute weight is replicated, and its gradient therefore summed."""
-    ndim: int
-    pipe_dim: int | None = None
-    """Dimension of master weight and moments that is split over `pipe`, before `zero_axes`; None where none divides."""
-    pipe_axes: tuple[str, ...] = ()
-    """`pipe`, where there is a pipeline."""
     held: tuple[tuple[int, ...], ...] | None = None
     """Of stacked layers, those that each rank of the pipeline computes with; None for all."""
 
     @property
     def spec(self) -> PartitionSpec:
         """Of master weight and moments."""
-        dims: list[Any] = [None] * self.ndim
-        if self.expert_dim is not None:
-            dims[self.expert_dim] = self.expert_axes
-        if self.pipe_dim is not None:
-            dims[self.pipe_dim] = self.pipe_axes
-        if self.zero_dim is not None:
-            dims[self.zero_dim] = (dims[self.zero_dim] or ()) + self.zero_axes
-        return PartitionSpec(*dims)
-
-    @property
-    def sharded_axes(self) -> tuple[str, ...]:
-        """Axes over which master weight and moments differ."""
-        split = () if self.pipe_dim is None else self.pipe_axes
-        return split + self.zero_axes + self.expert_axes
+        return PartitionSpec(*(axes or None for axes in self.dims))
 
     def gather(self, shard: Array) -> Array:
         """The whole compute weight, or this device's experts and layers, from the shards of all replicas."""
@@ -131,31 +99,9 @@ def param_shardings(shapes: Params, mesh: Mesh, held: dict[str, Int[ndarray, "ra
     """
 
     def rule(path: tuple[Any, ...], leaf: Any) -> Sharding:
-        is_expert = any(entry.key == "experts" for entry in path)
-        sharding = _sharding(leaf.shape, len(leaf.shape) - 3 if is_expert else None, mesh)
-        rows = (held or {}).get(path[0].key)
-        return sharding if rows is None else replace(sharding, held=tuple(map(tuple, rows.tolist())))
+        names = tuple(entry.key for entry in path)
+        rows = (held or {}).get(names[0])
+        placement = place(names, leaf.shape, mesh.shape)
+        return Sharding(**asdict(placement), held=None if rows is None else tuple(map(tuple, rows.tolist())))
 
     return jax.tree_util.tree_map_with_path(rule, shapes)
-
-
-def _sharding(shape: tuple[int, ...], expert_dim: int | None, mesh: Mesh) -> Sharding:
-    experts, pipe = () if expert_dim is None else expert_axes(mesh), pipe_axes(mesh)
-    replicas = tuple(axis for axis in batch_axes(mesh) if axis not in experts)
-    base = Sharding(expert_dim, experts, None, (), replicas, len(shape), pipe_axes=pipe)
-    if pipe:
-        ranks, sizes = mesh.shape["pipe"], list(shape)
-        # Dimension 0 of what is stacked are the layers. Whole FP8 blocks first: they travel quantized.
-        inner = [d for d in range(min(1, len(shape) - 1), len(shape)) if d != expert_dim and shape[d] % ranks == 0]
-        whole = [d for d in inner if shape[d] % (ranks * TILE) == 0]
-        if inner:
-            base = replace(base, pipe_dim=(whole or inner)[0])
-            sizes[base.pipe_dim] //= ranks
-        shape = tuple(sizes)
-    for skipped in range(len(replicas)):
-        candidates = replicas[skipped:]
-        count = math.prod(mesh.shape[axis] for axis in candidates)
-        for dim, size in enumerate(shape):
-            if dim != expert_dim and size % count == 0:
-                return replace(base, zero_dim=dim, zero_axes=candidates)
-    return base

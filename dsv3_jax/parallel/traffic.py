@@ -16,8 +16,8 @@ class RowsSent:
     """To devices of its own node, over the fast link."""
 
 
-def rows_sent_flat(experts: Int[np.ndarray, "nodes gpus tokens top_k"], num_experts: int) -> RowsSent:
-    """One row for each expert of a token, straight to its device.
+def rows_sent_per_expert(experts: Int[np.ndarray, "nodes gpus tokens top_k"], num_experts: int) -> RowsSent:
+    """One row for each expert of a token, straight to its device: what deduplication is measured against.
 
     Args:
         experts: the choices of the tokens of each device.
@@ -30,20 +30,39 @@ def rows_sent_flat(experts: Int[np.ndarray, "nodes gpus tokens top_k"], num_expe
     return RowsSent(node=_per_device(~own_node), gpu=_per_device(own_node & ~own_gpu))
 
 
+def rows_sent_flat(experts: Int[np.ndarray, "nodes gpus tokens top_k"], num_experts: int) -> RowsSent:
+    """One row for each other device that holds any of a token's experts, straight to it.
+
+    Arguments are those of `rows_sent_per_expert`.
+    """
+    nodes, gpus = experts.shape[:2]
+    reached = _reached(experts, num_experts)
+    itself = np.eye(nodes * gpus, dtype=bool).reshape(nodes, gpus, 1, nodes, gpus)
+    own_node = np.eye(nodes, dtype=bool)[:, None, None, :, None]
+    count = lambda to: to.sum(axis=(2, 3, 4))  # noqa: E731
+    return RowsSent(node=count(reached & ~own_node), gpu=count(reached & own_node & ~itself))
+
+
 def rows_sent_hierarchical(experts: Int[np.ndarray, "nodes gpus tokens top_k"], num_experts: int) -> RowsSent:
     """One row for each other node that holds any of a token's experts, to the device of the same index there; from
     this, or from the token's own device in its own node, one for each other device there that holds any (report 3.2.2).
 
-    Arguments are those of `rows_sent_flat`.
+    Arguments are those of `rows_sent_per_expert`.
     """
+    nodes, gpus = experts.shape[:2]
+    reached = _reached(experts, num_experts)
+    to_nodes = reached.any(axis=-1) & ~np.eye(nodes, dtype=bool)[:, None, None, :]
+    to_devices = reached & ~np.eye(gpus, dtype=bool)[:, None, None, :]
+    return RowsSent(node=_per_device(to_nodes), gpu=to_devices.sum(axis=(0, 2, 4)).T)
+
+
+def _reached(experts: np.ndarray, num_experts: int) -> Bool[np.ndarray, "nodes gpus tokens to_nodes to_gpus"]:
+    """Whether any of a token's experts lives on a device."""
     nodes, gpus, tokens, _ = experts.shape
     node, gpu = _places(experts, num_experts)
     reached = np.zeros((nodes, gpus, tokens, nodes * gpus), bool)
     np.put_along_axis(reached, node * gpus + gpu, True, axis=-1)
-    reached = reached.reshape(nodes, gpus, tokens, nodes, gpus)
-    to_nodes = reached.any(axis=-1) & ~np.eye(nodes, dtype=bool)[:, None, None, :]
-    to_devices = reached & ~np.eye(gpus, dtype=bool)[:, None, None, :]
-    return RowsSent(node=_per_device(to_nodes), gpu=to_devices.sum(axis=(0, 2, 4)).T)
+    return reached.reshape(nodes, gpus, tokens, nodes, gpus)
 
 
 def _places(experts: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:

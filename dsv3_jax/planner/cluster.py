@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from dsv3_jax.config import BatchConfig, Config, ConfigError, ModelConfig
-from dsv3_jax.parallel.expert_hierarchical import most_nodes
+from dsv3_jax.parallel.expert import most_nodes
 from dsv3_jax.parallel.schedule import Op, Schedule, make
 from dsv3_jax.parallel.simulate import ChunkTimes, Timeline, peak_activations, simulate, simulate_lockstep
 from dsv3_jax.planner.devices import Device
 from dsv3_jax.planner.exchange import exchange_bytes, exchange_seconds, is_hierarchical
 from dsv3_jax.planner.flops import training_flops_per_token, training_flops_per_token_with_mtp
+from dsv3_jax.planner.memory import state_memory
 from dsv3_jax.planner.parameters import count_parameters
 from dsv3_jax.planner.stages import Stage, model_parts, split
 from dsv3_jax.planner.work import Products, Recompute, seconds
@@ -21,8 +22,8 @@ AXES = ("pipe", "data", "node", "gpu")
 EXTENSION = ((32768, 1920, 1000), (131072, 480, 1000))
 """Context extension: tokens of a sequence, sequences of a batch, steps of each of its stages (report 4.3)."""
 
-_WEIGHT, _GRADIENT, _MASTER, _MOMENT = 2, 4, 4, {"bfloat16": 2, "float32": 4}
-"""Bytes of a parameter: computed with (BF16, or FP8 in both layouts), its gradient, its master weight, a moment."""
+_WEIGHT, _GRADIENT = 2, 4
+"""Bytes of a parameter: computed with (BF16, or FP8 in both layouts), and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ClusterMemory:
     gradients: float
     """Float32, of all the stages it holds."""
     optimizer: float
-    """Its share of float32 master weights and both Adam moments (ZeRO-1)."""
+    """Its share of float32 master weights and both Adam moments (ZeRO-1), and the router biases: as much on all ranks,
+    since each updates a slice of every layer."""
     activations: float
     """What forwards leave for backwards, at the schedule's peak."""
     buffers: float
@@ -91,7 +93,8 @@ class ClusterPlan:
         """Of each rank of the pipeline."""
         sizes = [stage.saved * self.tokens for stage in self.stages]
         activations = peak_activations(self.schedule, sizes)
-        return [self._memory(rank, activations[rank]) for rank in range(self.schedule.ranks)]
+        state = state_memory(self.config, self.mesh).total
+        return [self._memory(rank, state, activations[rank]) for rank in range(self.schedule.ranks)]
 
     @property
     def fullest(self) -> int:
@@ -227,16 +230,12 @@ class ClusterPlan:
         return min(node, most_nodes(self.config.model, node) * self.config.parallel.expert_buffer_factor)
 
     @property
-    def _exchange(self) -> tuple[int, int, Products, str | None]:
+    def _exchange(self) -> tuple[int, int, Products, str]:
         return self.mesh["node"], self.mesh["gpu"], self.products, self.config.parallel.exchange
 
-    def _memory(self, rank: int, activations: float) -> ClusterMemory:
+    def _memory(self, rank: int, optimizer: int, activations: float) -> ClusterMemory:
         local = [self._local(self.stages[chunk]) for chunk in self.schedule.chunks(rank)]
-        replicas = self.mesh["data"] * self.schedule.copies
-        group = self.mesh["node"] * self.mesh["gpu"]
-        share = sum(experts / replicas + others / (replicas * group) for experts, others in local)
         held = sum(experts + others for experts, others in local)
-        optimizer = (_MASTER + 2 * _MOMENT[self.config.optimizer.moments]) * share
         return ClusterMemory(_WEIGHT * held, _GRADIENT * held, optimizer, activations, self._buffers(rank))
 
     def _buffers(self, rank: int) -> float:
@@ -309,8 +308,7 @@ def mean_state(config: Config, mesh: dict[str, int]) -> float:
     count = count_parameters(config.model)
     experts = count.routed_experts + count.mtp_modules.routed_experts
     held = (count.total - experts + experts / (mesh["node"] * mesh["gpu"])) / mesh["pipe"]
-    share = count.total / math.prod(mesh.values())
-    return (_WEIGHT + _GRADIENT) * held + (_MASTER + 2 * _MOMENT[config.optimizer.moments]) * share
+    return (_WEIGHT + _GRADIENT) * held + state_memory(config, mesh).total
 
 
 def parse_mesh(text: str) -> dict[str, int]:

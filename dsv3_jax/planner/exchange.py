@@ -19,7 +19,7 @@ _SAMPLE = 16384
 
 
 @cache
-def rows_per_token(model: ModelConfig, node: int, gpu: int, exchange: str | None = None) -> dict[str, float]:
+def rows_per_token(model: ModelConfig, node: int, gpu: int, exchange: str = "hierarchical") -> dict[str, float]:
     """Rows that a token sends over `node` and over `gpu` in a dispatch, on average; a combine takes them back.
 
     Counted from tokens that the group-limited choice of a new router spreads over all experts alike.
@@ -39,31 +39,30 @@ def rows_per_token(model: ModelConfig, node: int, gpu: int, exchange: str | None
     return {axis: float(getattr(sent, axis).mean() / tokens) for axis in LINKS}
 
 
-def is_hierarchical(node: int, gpu: int, exchange: str | None) -> bool:
-    """Whether rows cross the links one after the other; `exchange` as in `ParallelConfig`."""
-    return node > 1 and gpu > 1 and exchange != "flat"
+def is_hierarchical(node: int, gpu: int, exchange: str) -> bool:
+    """Whether rows cross two links, one after the other; `exchange` as in `ParallelConfig`."""
+    return node > 1 and gpu > 1 and exchange == "hierarchical"
 
 
-def row_bytes(model: ModelConfig, products: Products, hierarchical: bool) -> dict[str, float]:
+def row_bytes(model: ModelConfig, products: Products) -> dict[str, float]:
     """Bytes of a row on its way there and back in a forward pass; a backward pass sends as many but for the experts.
 
-    Dispatch sends FP8 and its scales where products are FP8, combine BF16. A weight travels along; on the hierarchical
-    way those of all the token's experts, and which these are.
+    Dispatch sends FP8 and its scales where products are FP8, combine BF16. The weights of all the token's experts
+    travel along, and which these are.
     """
-    beside = 8 * model.top_k if hierarchical else 4
-    return {"dispatch": model.d_model * operand_bytes(products) + beside, "combine": 2 * model.d_model}
+    return {"dispatch": model.d_model * operand_bytes(products) + 8 * model.top_k, "combine": 2 * model.d_model}
 
 
 def exchange_bytes(
-    model: ModelConfig, node: int, gpu: int, products: Products, exchange: str | None = None
+    model: ModelConfig, node: int, gpu: int, products: Products, exchange: str = "hierarchical"
 ) -> dict[str, float]:
     """Bytes that a device sends per token and MoE layer in a pass, by link; there and back together."""
-    row = sum(row_bytes(model, products, is_hierarchical(node, gpu, exchange)).values())
+    row = sum(row_bytes(model, products).values())
     return {LINKS[axis]: rows * row for axis, rows in rows_per_token(model, node, gpu, exchange).items()}
 
 
 def exchange_seconds(
-    model: ModelConfig, node: int, gpu: int, products: Products, device: Device, exchange: str | None = None
+    model: ModelConfig, node: int, gpu: int, products: Products, device: Device, exchange: str = "hierarchical"
 ) -> float:
     """Time of one token and MoE layer in a pass: the slower link's, since the two are used at once."""
     sent = exchange_bytes(model, node, gpu, products, exchange)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from dsv3_jax.config import BatchConfig, ConfigError
 from dsv3_jax.data.pipeline import TrainRows
 from dsv3_jax.parallel.agreement import all_processes, local_part
-from dsv3_jax.parallel.mesh import batch_axes
+from dsv3_jax.parallel.placement import batch_axes
 
 
 @dataclass(frozen=True)
@@ -74,4 +74,4 @@ class Batches:
 
 
 def _sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
+    return NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh.shape)))

@@ -16,7 +16,7 @@ from dsv3_jax.evaluate.bigram import fit_bigram
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.ops.weights import Params, cast_for_inference
 from dsv3_jax.parallel.agreement import all_processes
-from dsv3_jax.parallel.mesh import batch_axes
+from dsv3_jax.parallel.placement import batch_axes
 from dsv3_jax.train.loop import Finished
 from dsv3_jax.train.pictures import draw_curves, draw_expert_load
 from dsv3_jax.train.step import make_evaluation
@@ -56,13 +56,15 @@ def finish(config: Config, run: Finished, console: Console) -> dict[str, float |
 def validation_loss(config: Config, run: Finished, params: Params) -> float:
     """Mean next-token loss in nats over the held-out rows."""
     evaluate = make_evaluation(config, run.mesh)
-    sharding = NamedSharding(run.mesh, PartitionSpec(batch_axes(run.mesh)))
+    sharding = NamedSharding(run.mesh, PartitionSpec(batch_axes(run.mesh.shape)))
 
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     rows, total = run.text.validation, 0.0
     size = config.batch.rows_per_microbatch
+    if config.parallel.pipe > 1:
+        size *= -(-len(rows) // size)  # all at once, so that the pipeline fills but once
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
         # A short last batch is filled up with rows that weigh nothing.

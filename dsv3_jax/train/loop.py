@@ -19,6 +19,7 @@ from dsv3_jax.checkpoint.training import Checkpoints, Restored
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.parallel.agreement import any_process
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.pipeline_stages import step_in_words
 from dsv3_jax.train.batches import Batches
 from dsv3_jax.train.ema import HostAverage
 from dsv3_jax.train.loss import LossWeights
@@ -275,6 +276,7 @@ def _reporter(config: Config, resumed: int | None, console: Console | None) -> R
 
 def _opening(config: Config, mesh: Mesh, text: Text, resumed: int | None) -> str:
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    shape += f"; {step_in_words(config)}" if config.parallel.pipe > 1 else ""
     start = "from the start" if resumed is None else f"from step {resumed}"
     return (
         f"{len(text.source)} documents of {config.data.source}, vocabulary {text.tokenizer.vocab_size}; "

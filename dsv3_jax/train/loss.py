@@ -110,7 +110,16 @@ def held_out_loss(
     exchange: Exchange,
 ) -> Float[Array, ""]:
     """Weighted sum over this device's rows of each row's mean next-token loss, in nats."""
-    hidden = model.trunk(tokens, router_bias, exchange).hidden
+    return held_out_loss_of(model, model.trunk(tokens, router_bias, exchange).hidden, tokens, row_weights)
+
+
+def held_out_loss_of(
+    model: Transformer,
+    hidden: Float[Array, "batch seq d_model"],
+    tokens: Int[Array, "batch seq"],
+    row_weights: Float[Array, " batch"],
+) -> Float[Array, ""]:
+    """`held_out_loss` from the trunk's output on."""
     return _predict(model, hidden, tokens, 1, row_weights).loss / (tokens.shape[1] - 1)
 
 

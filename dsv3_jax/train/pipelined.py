@@ -1,6 +1,7 @@
-"""Gradients of a step's microbatches through a pipeline."""
+"""Gradients of a step's microbatches, and the held-out loss, through a pipeline."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -11,14 +12,15 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.moe import Exchange
 from dsv3_jax.model.rope import rotations
-from dsv3_jax.model.transformer import DecoderLayer, RouterBias, TrunkOutput, recomputed
+from dsv3_jax.model.transformer import DecoderLayer, RouterBias, Transformer, TrunkOutput, recomputed
 from dsv3_jax.ops.weights import Params, attach_slots, gradient_slots, name_weights
 from dsv3_jax.parallel.mesh import vary_over
-from dsv3_jax.parallel.pipeline import Model, run
+from dsv3_jax.parallel.pipeline import Model, run, run_forward
 from dsv3_jax.parallel.pipeline_layer import Layer, Weights
 from dsv3_jax.parallel.pipeline_stages import LAYER_KINDS, Layout, layouts, schedule_of
 from dsv3_jax.parallel.pipeline_table import Table, make_table
-from dsv3_jax.train.loss import LossReport, LossWeights, losses_of
+from dsv3_jax.parallel.schedule import forward_only
+from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss_of, losses_of
 from dsv3_jax.train.state import model_structure
 
 
@@ -53,10 +55,67 @@ def pipelined_gradients(
         compute: the compute copy; of stacked layers, those that this rank holds. So are the gradients.
         axes: of the whole mesh, `pipe` first.
     """
-    model = _model(config, pipeline, compute, router_bias, weights, exchange, tokens.shape[2], axes)
+    whole = _whole(config, pipeline, compute)
+
+    def embed(slots: Params, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d"]:
+        return whole(slots).embed(tokens)
+
+    def tail(x: Array, slots: Params, tokens: Int[Array, "batch seq"]) -> tuple[Array, LossReport]:
+        module = whole(slots)
+        trunk = TrunkOutput(module.final_norm(x), module.embed(tokens), (), None)
+        total, report = losses_of(module, [tokens], [trunk], router_bias, weights, exchange, config.recompute)
+        return total, jax.tree.map(jnp.asarray, report)
+
+    model = _model(config, pipeline, compute, router_bias, weights, exchange, tokens.shape[2], axes, embed, tail)
     sums = run(model, pipeline.table, pipeline.stages, tokens, axes)
     gradients = {kind: _nested(flat, compute[kind]) for kind, flat in sums.gradients.items()} | sums.ends
     return {name: gradients[name] for name in compute}, _report(config.model, pipeline, sums, len(tokens))
+
+
+def plan_evaluation(config: Config, microbatches: int) -> Pipeline:
+    """A stage a rank, whatever the schedule of training: forwards alone need no order that spares memory."""
+    schedule = forward_only(config.parallel.pipe, microbatches)
+    return Pipeline(make_table(schedule), schedule.stages, layouts(config.model, schedule))
+
+
+def pipelined_held_out_loss(
+    config: Config,
+    pipeline: Pipeline,
+    compute: Params,
+    router_bias: RouterBias,
+    exchange: Exchange,
+    tokens: Int[Array, "microbatches batch seq"],
+    row_weights: Float[Array, "microbatches batch"],
+    axes: tuple[str, ...],
+) -> Float[Array, ""]:
+    """`held_out_loss` summed over microbatches, on the rank of the last stage; 0 on the others.
+
+    Args:
+        compute: as in `pipelined_gradients`; the MTP modules, which are not needed, may be left out.
+        axes: of the whole mesh, `pipe` first.
+    """
+    whole = _whole(config, pipeline, compute)
+
+    def embed(slots: Params, batch: tuple[Array, Array]) -> Float[Array, "batch seq d"]:
+        return whole(slots).embed(batch[0])
+
+    def tail(x: Array, slots: Params, batch: tuple[Array, Array]) -> tuple[Array, Array]:
+        module = whole(slots)
+        loss = held_out_loss_of(module, module.final_norm(x), *batch)
+        return loss, loss
+
+    no_weight = LossWeights(*(jnp.zeros(()) for _ in fields(LossWeights)))
+    model = _model(config, pipeline, compute, router_bias, no_weight, exchange, tokens.shape[2], axes, embed, tail)
+    return run_forward(model, pipeline.table, pipeline.stages, (tokens, row_weights), axes)
+
+
+def _whole(config: Config, pipeline: Pipeline, compute: Params) -> Callable[[Params], Transformer]:
+    """The model of the slots of what is not a stack of layers."""
+    graphdef, shapes = model_structure(config.model)
+    ends = {name: part for name, part in compute.items() if name not in pipeline.layouts}
+    # The module wants a value for every parameter; those of the layers are not read.
+    unread = jax.tree.map(lambda _: jnp.zeros(()), {name: part for name, part in shapes.items() if name not in ends})
+    return lambda slots: nnx.merge(graphdef, attach_slots(ends, slots) | unread)
 
 
 def _model(
@@ -68,26 +127,12 @@ def _model(
     exchange: Exchange,
     seq: int,
     axes: tuple[str, ...],
+    embed: Callable,
+    tail: Callable,
 ) -> Model:
     vary = lambda tree: jax.tree.map(lambda x: vary_over(x, axes), tree)  # noqa: E731
-    graphdef = model_structure(config.model)[0]
     stacks = {kind: compute[kind] for kind in pipeline.layouts}
     ends = {name: part for name, part in compute.items() if name not in stacks}
-    # The module wants a value for every parameter; those of the layers are not read.
-    unread = jax.tree.map(lambda _: jnp.zeros(()), stacks)
-
-    def whole(slots: Params) -> Any:
-        return nnx.merge(graphdef, attach_slots(ends, slots) | unread)
-
-    def embed(slots: Params, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d"]:
-        return whole(slots).embed(tokens)
-
-    def tail(x: Array, slots: Params, tokens: Int[Array, "batch seq"]) -> tuple[Array, LossReport]:
-        module = whole(slots)
-        trunk = TrunkOutput(module.final_norm(x), module.embed(tokens), (), None)
-        total, report = losses_of(module, [tokens], [trunk], router_bias, weights, exchange, config.recompute)
-        return total, jax.tree.map(jnp.asarray, report)
-
     here = jax.lax.axis_index("pipe")
     held = {kind: jnp.asarray(layout.held)[here] for kind, layout in pipeline.layouts.items()}
     return Model(

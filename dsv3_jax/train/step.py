@@ -18,13 +18,13 @@ from dsv3_jax.model.transformer import RouterBias
 from dsv3_jax.ops.quantize import E4M3
 from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import FP8Weight, Params, attach_slots, gradient_slots, weight_type
-from dsv3_jax.parallel.expert import FlatExchange, ReplicatedExperts
-from dsv3_jax.parallel.expert_hierarchical import HierarchicalExchange, most_nodes
-from dsv3_jax.parallel.mesh import batch_axes, expert_axes, pipe_axes, vary_over
+from dsv3_jax.parallel.expert import ExpertExchange, ReplicatedExperts, reach_of
+from dsv3_jax.parallel.mesh import vary_over
+from dsv3_jax.parallel.placement import batch_axes, expert_axes, pipe_axes
 from dsv3_jax.parallel.sharding import Sharding, param_shardings
 from dsv3_jax.train.loss import LossReport, LossWeights, held_out_loss, training_losses
 from dsv3_jax.train.optimizer import adamw_update
-from dsv3_jax.train.pipelined import pipelined_gradients, plan_pipeline
+from dsv3_jax.train.pipelined import pipelined_gradients, pipelined_held_out_loss, plan_evaluation, plan_pipeline
 from dsv3_jax.train.state import TrainState, model_structure, state_specs
 
 
@@ -59,7 +59,7 @@ def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None, re
     precision="fp8"; None is the report's.
     """
     specs = state_specs(config, mesh)
-    tokens_spec = PartitionSpec(None, batch_axes(mesh))
+    tokens_spec = PartitionSpec(None, batch_axes(mesh.shape))
     step = jax.shard_map(
         partial(_device_step, config, mesh, buffer_factor or config.parallel.expert_buffer_factor, recipe or Recipe()),
         mesh=mesh,
@@ -77,10 +77,11 @@ Evaluation = Callable[[Params, RouterBias, Int[Array, "batch seq"], Float[Array,
 def make_evaluation(config: Config, mesh: Mesh) -> Evaluation:
     """Compiled (params, router_bias, tokens, row_weights) -> weighted sum of the rows' mean next-token losses, in nats.
 
-    Rows are split over the mesh.
+    Rows are split over the mesh. In a pipeline they pass it in microbatches of the batch's size, of which they must be
+    a multiple.
     """
     specs = state_specs(config, mesh)
-    rows = PartitionSpec(batch_axes(mesh))
+    rows = PartitionSpec(batch_axes(mesh.shape))
     evaluate = jax.shard_map(
         partial(_device_evaluation, config, mesh),
         mesh=mesh,
@@ -92,14 +93,14 @@ def make_evaluation(config: Config, mesh: Mesh) -> Evaluation:
 
 def exchange_for(config: Config, mesh: Mesh, buffer_factor: float) -> Exchange:
     """The expert exchange of a mesh; nothing is exchanged where every device has all experts."""
-    experts, batch = expert_axes(mesh), batch_axes(mesh)
+    experts, batch = expert_axes(mesh.shape), batch_axes(mesh.shape)
     if not batch:
         return LocalExchange()
     if not experts:
         return ReplicatedExperts(batch)
-    if len(experts) == 1 or config.parallel.exchange == "flat":
-        return FlatExchange(experts, batch, buffer_factor)
-    return HierarchicalExchange(*experts, batch, most_nodes(config.model, mesh.shape["node"]), buffer_factor)
+    levels = (experts,) if config.parallel.exchange == "flat" else tuple((axis,) for axis in experts)
+    reach = reach_of(config.model, tuple(math.prod(mesh.shape[axis] for axis in level) for level in levels))
+    return ExpertExchange(levels, reach, batch, buffer_factor)
 
 
 def _device_step(
@@ -112,8 +113,8 @@ def _device_step(
     knobs: Knobs,
 ) -> tuple[TrainState, StepReport]:
     graphdef, shapes = model_structure(config.model)
-    axes = batch_axes(mesh)
-    pipe = pipe_axes(mesh)
+    axes = batch_axes(mesh.shape)
+    pipe = pipe_axes(mesh.shape)
     pipeline = plan_pipeline(config, tokens.shape[0]) if pipe else None
     held = pipeline and {kind: layout.held for kind, layout in pipeline.layouts.items()}
     shardings = param_shardings(shapes, mesh, held)
@@ -229,12 +230,35 @@ def _device_evaluation(
     row_weights: Float[Array, " batch"],
 ) -> Float[Array, ""]:
     graphdef, shapes = model_structure(config.model)
-    compute = _compute_weights(config, param_shardings(shapes, mesh), params, Recipe())
+    axes, pipe = batch_axes(mesh.shape), pipe_axes(mesh.shape)
     # A device may receive any load here: evaluation has no second try.
     exchange = exchange_for(config, mesh, buffer_factor=float(mesh.size * config.model.num_experts))
-    model = nnx.merge(graphdef, compute)
-    axes = batch_axes(mesh)
-    loss = held_out_loss(model, tokens, row_weights, _vary_all(router_bias, axes), exchange)
-    loss = jax.lax.psum(loss, axes) if axes else loss
-    # Every rank of a pipeline has computed with the whole model.
-    return jax.lax.pmean(loss, pipe_axes(mesh)) if pipe_axes(mesh) else loss
+    router_bias = _vary_all(router_bias, pipe + axes)
+    if pipe:
+        return _pipelined_evaluation(config, mesh, params, router_bias, tokens, row_weights, exchange)
+    compute = _compute_weights(config, param_shardings(shapes, mesh), params, Recipe())
+    loss = held_out_loss(nnx.merge(graphdef, compute), tokens, row_weights, router_bias, exchange)
+    return jax.lax.psum(loss, axes) if axes else loss
+
+
+def _pipelined_evaluation(
+    config: Config,
+    mesh: Mesh,
+    params: Params,
+    router_bias: RouterBias,
+    tokens: Int[Array, "batch seq"],
+    row_weights: Float[Array, " batch"],
+    exchange: Exchange,
+) -> Float[Array, ""]:
+    """Each rank gets the weights of its stage's layers only, and no device those of the MTP modules."""
+    axes = batch_axes(mesh.shape)
+    rows = config.batch.rows_per_microbatch // math.prod(mesh.shape[axis] for axis in axes)
+    tokens, row_weights = tokens.reshape(-1, rows, tokens.shape[1]), row_weights.reshape(-1, rows)
+    pipeline = plan_evaluation(config, len(tokens))
+    shapes = model_structure(config.model)[1]
+    params, shapes = ({name: part for name, part in tree.items() if name != "mtp"} for tree in (params, shapes))
+    held = {kind: layout.held for kind, layout in pipeline.layouts.items()}
+    compute = _compute_weights(config, param_shardings(shapes, mesh, held), params, Recipe())
+    axes = pipe_axes(mesh.shape) + axes
+    loss = pipelined_held_out_loss(config, pipeline, compute, router_bias, exchange, tokens, row_weights, axes)
+    return jax.lax.psum(loss, axes)

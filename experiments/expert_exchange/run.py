@@ -14,14 +14,14 @@ from flax import nnx
 from dsv3_jax.cli import load_config
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import Router
-from dsv3_jax.parallel.traffic import RowsSent, rows_sent_flat, rows_sent_hierarchical
+from dsv3_jax.parallel.traffic import RowsSent, rows_sent_flat, rows_sent_hierarchical, rows_sent_per_expert
 from dsv3_jax.planner.exchange import row_bytes
 
 CONFIG = Path(__file__).parents[2] / "configs" / "v3_671b.py"
 NODES, GPUS = 8, 8
 BANDWIDTH = {"node": 50e9, "gpu": 160e9}
 """Bytes a second that a GPU sends over each link (report 3.2.2)."""
-COUNTS = {"flat": rows_sent_flat, "hierarchical": rows_sent_hierarchical}
+COUNTS = {"a row an expert": rows_sent_per_expert, "flat": rows_sent_flat, "hierarchical": rows_sent_hierarchical}
 
 
 def route(model: ModelConfig, tokens: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def route(model: ModelConfig, tokens: int) -> np.ndarray:
 
 def lines(model: ModelConfig, tokens: int, name: str, sent: RowsSent) -> list[str]:
     """Rows of the table: one for each link."""
-    size = row_bytes(model, "fp8", name == "hierarchical")
+    size = row_bytes(model, "fp8")
     table = []
     for axis, bandwidth in BANDWIDTH.items():
         rows = getattr(sent, axis)

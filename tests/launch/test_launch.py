@@ -18,7 +18,7 @@ from dsv3_jax.launch.training import Training
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/v3_671b.py")
-MESH = ["--parallel.node", "8", "--parallel.gpu", "8"]
+MESH = ["--parallel.pipe", "1", "--parallel.schedule", "1f1b", "--parallel.node", "8", "--parallel.gpu", "8"]
 TOLD = {"JAX_COORDINATOR_ADDRESS": "n1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "gpu[07-10]", "SLURM_NTASKS": "32", "SLURM_PROCID": "9",
          "SLURM_LOCALID": "1"}  # fmt: skip
@@ -118,7 +118,7 @@ REFUSED = {
         "--gpus-per-node 8: cannot be shared by 3",
     ),
     "mount": (
-        ["k8s", CONFIG, "--nodes", "16", "--image", "a", "--claim", "c", "--output-dir", "/tmp/a"],
+        ["k8s", CONFIG, "--nodes", "256", "--image", "a", "--claim", "c", "--output-dir", "/tmp/a"],
         "--output-dir /tmp/a: lies outside /runs, where the pods share --claim c; choose a folder in /runs",
     ),
     "config": (["local", "no.py", "--processes", "2"], "no.py: no such config file"),

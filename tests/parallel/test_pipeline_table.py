@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.parallel.pipeline_table import make_table
-from dsv3_jax.parallel.schedule import KINDS, make
+from dsv3_jax.parallel.schedule import KINDS, forward_only, make
 from dsv3_jax.parallel.simulate import peak_activations
 
 SHAPES = [(2, 4), (4, 8), (4, 32), (8, 16)]
@@ -67,6 +67,16 @@ def test_every_pass_runs_once_on_what_it_needs(kind):
         passes = {(p, s, m) for p in "FIW" for s in range(schedule.stages) for m in range(microbatches)}
         assert len(ran) == len(passes)
         assert set(ran) == passes
+
+
+def test_an_evaluations_forwards_follow_each_other_without_a_gap_through_one_slot():
+    for ranks, microbatches in SHAPES:
+        schedule = forward_only(ranks, microbatches)
+        table = make_table(schedule)
+        assert len(table.columns["work"]) == microbatches + ranks - 1
+        assert table.slots == {"inputs": 1, "kept": 0, "gradients": 0, "products": 0}
+        ran = follow(table, schedule)
+        assert sorted(ran) == [("F", s, m) for s in range(ranks) for m in range(microbatches)]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpipe"])

@@ -65,8 +65,11 @@ def test_ranks_together_hold_the_model_once_per_copy_and_the_optimizer_once(repo
     experts = count.routed_experts + count.mtp_modules.routed_experts
     weights = sum(memory.weights for memory in report.memory)
     assert weights == pytest.approx(2 * 2 * (count.total - experts + experts / 64))  # both directions, BF16
-    optimizer = sum(memory.optimizer for memory in report.memory) * 128
-    assert optimizer == pytest.approx((4 + 2 + 2) * count.total)
+    assert len({memory.optimizer for memory in report.memory}) == 1
+    repeated = sum(memory.optimizer for memory in report.memory) * 128 - (4 + 2 + 2) * count.total
+    # All but gains and router biases divides by 2048.
+    vectors = (4 + 2 + 2) * (count.norms + count.mtp_modules.norms) + 4 * 59 * 256
+    assert 0 < repeated < 2048 * vectors
 
 
 def test_dualpipe_beats_1f1b_and_lockstep_costs(report):

@@ -224,21 +224,23 @@ def test_flops_are_those_of_the_matrices_of_the_tree(model: ModelConfig, seq_len
 @settings(max_examples=60, deadline=None)
 @given(
     start=st.integers(1, 6), growth=st.integers(0, 12), micro=st.integers(1, 5), ramp=st.integers(1, 5000),
-    steps=st.integers(1, 60),
+    grain=st.integers(1, 3), steps=st.integers(1, 60),
 )  # fmt: skip
 def test_growing_batch_never_shrinks_stays_whole_and_counts_every_step(
-    start: int, growth: int, micro: int, ramp: int, steps: int
+    start: int, growth: int, micro: int, ramp: int, grain: int, steps: int
 ) -> None:
     batch = BatchConfig(
-        seq_len=8, sequences=(start + growth) * micro, start_sequences=start * micro, ramp_tokens=ramp, microbatch=micro
-    )
+        seq_len=8, sequences=(start + growth) * micro, start_sequences=start * micro, ramp_tokens=ramp,
+        ramp_microbatches=grain, microbatch=micro,
+    )  # fmt: skip
     tokens, taken = 0, []
     for _ in range(steps):
         taken.append(batch.sequences_at(tokens))
         tokens += taken[-1] * batch.seq_len
     assert batch.tokens_after(steps) == tokens
     assert taken == sorted(taken)
-    assert all(n % micro == 0 and batch.start_sequences <= n <= batch.sequences for n in taken)
+    assert set(taken) <= set(batch.sizes)
+    assert batch.sizes == [*range(start * micro, (start + growth) * micro, grain * micro), (start + growth) * micro]
     assert batch.sequences_at(ramp) == batch.sequences
 
 
@@ -268,7 +270,7 @@ def test_mesh_that_cannot_hold_the_experts_is_refused(v3: Config) -> None:
 
 def test_memory_is_planned_only_for_a_known_number_of_devices(v3: Config, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(v3).memory is None
-    known = dataclasses.replace(v3, parallel=dataclasses.replace(v3.parallel, devices=128))
+    known = dataclasses.replace(v3, parallel=dataclasses.replace(v3.parallel, pipe=1, schedule="1f1b", devices=128))
     assert plan(known).mesh == {"pipe": 1, "data": 2, "node": 8, "gpu": 8}
     print_plan(known)
     out = capsys.readouterr().out

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -134,11 +135,13 @@ def test_full_buffer_of_the_hierarchical_exchange_loses_no_token(config, tmp_pat
 
 def test_full_expert_buffer_loses_no_token(overflowing_and_roomy):
     overflowing, roomy = overflowing_and_roomy
-    # The batch wants all its rows on one device, which has room for half of them.
+    # The batch wants all its rows on one device, which has room for half of them and for filling up tiles.
     choices = SEQUENCES * SEQ_LEN * TOP_K
-    assert [warning for warning in overflowing.warnings if "expert buffer" in warning] == [
-        f"step 1: {choices // 2} rows exceeded the expert buffer; run again with expert_buffer_factor=2"
-    ]
+    (warning,) = (warning for warning in overflowing.warnings if "expert buffer" in warning)
+    lost = re.fullmatch(
+        r"step 1: (\d+) rows exceeded the expert buffer; run again with expert_buffer_factor=2", warning
+    )
+    assert choices // 4 <= int(lost[1]) <= choices // 2
     assert not [warning for warning in roomy.warnings if "expert buffer" in warning]
     assert overflowing.finished.progress.buffer_factor == 2
     assert [row["expert_buffer_reruns"] for row in overflowing.rows] == [1] * STEPS

@@ -13,6 +13,7 @@ from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, P
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.pipeline_table import make_table
 from dsv3_jax.parallel.schedule import make
+from dsv3_jax.planner.memory import argument_bytes
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import Knobs, make_step
@@ -27,17 +28,21 @@ MICROBATCHES, ROWS, SEQ = 4, 4, 16
 KNOBS = Knobs(jnp.float32(1e-3), jnp.float32(1e-3), LossWeights(jnp.float32(0.3), jnp.float32(1e-2), jnp.float32(1e-2)))
 
 
-def compiled(microbatches, model=MODEL, recompute="report", **parallel):
-    """The step, and the state and tokens to call it with."""
-    config = Config(
+def make_config(microbatches, model=MODEL, recompute="report", precision="fp32", **parallel):
+    return Config(
         model=model,
         recompute=recompute,
         batch=BatchConfig(seq_len=SEQ, sequences=microbatches * ROWS, microbatch=ROWS),
         # Without clipping the first moments are a tenth of the gradients.
         optimizer=OptimizerConfig(warmup_tokens=1, clip_norm=1e9, moments="float32"),
         parallel=ParallelConfig(expert_buffer_factor=4.0, **parallel),
-        precision="fp32",
+        precision=precision,
     )
+
+
+def compiled(microbatches, **settings):
+    """The step, and the state and tokens to call it with."""
+    config = make_config(microbatches, **settings)
     mesh = make_mesh(config)
     state = init_state(config, mesh)
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (microbatches, ROWS, SEQ)).astype(np.int32)
@@ -59,6 +64,9 @@ def one_device():
 )
 def test_step_is_that_of_one_device_and_its_memory_does_not_grow(one_device, kind, mesh, most):
     step, state, tokens = compiled(MICROBATCHES, schedule=kind, **mesh)
+    sizes = {"data": 1, "node": 1, "gpu": 1} | mesh
+    planned = argument_bytes(make_config(MICROBATCHES, schedule=kind, **mesh), sizes)
+    assert step.memory_analysis().argument_size_in_bytes == planned
     new, report = jax.device_get(step(state, tokens, KNOBS))
     expected_state, expected = one_device
     assert report.applied
@@ -101,3 +109,25 @@ def test_weight_gradients_wait_and_nothing_is_computed_twice():
     pipelined = compiled(MICROBATCHES, devices=2, pipe=2, schedule="zb1p", **small)[0]
     np.testing.assert_allclose(multiplications(pipelined.as_text(), branches), expected, rtol=0.01)
     assert work[False, "I", False] > work[False, "", True] > work[True, "", False] > 0
+
+
+def test_step_in_fp8_is_that_of_the_same_mesh_without_a_pipeline():
+    """Weights in blocks, kept inputs, deferred products and rows that travel, all in FP8, on stages of two sizes."""
+    # One kind of layers compiles in half the time; its shared expert is what a dense layer's FFN is.
+    model, reports = dataclasses.replace(MODEL, num_layers=3, num_dense_layers=0), []
+    for parallel in ({"devices": 2}, {"devices": 4, "pipe": 2, "schedule": "dualpipe"}):
+        step, state, tokens = compiled(MICROBATCHES, model=model, precision="fp8", gpu=2, **parallel)
+        reports.append(jax.device_get(step(state, tokens, KNOBS)))
+    (expected_state, expected), (new, report) = reports
+    assert report.applied
+    # The same tensors are quantized in the same tiles; what differs is the order of sums over microbatches and both
+    # directions in float32, and where the compiler fuses.
+    for name in ("loss", "mtp_loss", "sequence_balance", "batch_balance"):
+        got, want = (getattr(r.losses, name) for r in (report, expected))
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, new.router_bias, expected_state.router_bias)
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=str(path)),
+        new.moments.mu,
+        expected_state.moments.mu,
+    )

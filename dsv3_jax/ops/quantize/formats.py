@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
-TILE = 128
-"""Elements that share a scale, along the axis a product reduces."""
+from dsv3_jax.ops.tile import TILE
+
+__all__ = ["E4M3", "TILE", "Blocked", "SwiGLUBackward", "Tiled", "blocked"]
 
 E4M3 = jnp.float8_e4m3fn
 
