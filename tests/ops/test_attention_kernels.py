@@ -1,15 +1,18 @@
 """The Hopper kernels of attention, interpreted, against a softmax over the whole score matrix; and their worklists."""
 
+import re
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
-from dsv3_jax.ops.attention import causal_attention, mosaic_gpu
+from dsv3_jax.ops import hopper
+from dsv3_jax.ops.attention import causal_attention, cudnn, mosaic_gpu
 from dsv3_jax.ops.attention.kernel_parts import first_of_segment, last_of_segment
 from dsv3_jax.ops.attention.mosaic_gpu import Kernels, kernel_attention
-from dsv3_jax.ops.attention.mosaic_gpu_backward import BackwardConfig
 from dsv3_jax.ops.attention.mosaic_gpu_forward import ForwardConfig
 from dsv3_jax.ops.attention.worklists import worklists
 
@@ -38,9 +41,12 @@ def output_and_gradients(attention, inputs, d_out):
     return out, *pullback(d_out)
 
 
-def assert_those_of_the_full_softmax(kernels: Kernels, inputs, d_out, segment_ids=None) -> None:
+def both_passes(kernels: Kernels, inputs, d_out, segment_ids=None):
+    return output_and_gradients(lambda *x: kernel_attention(*x, segment_ids, SCALE, kernels), inputs, d_out)
+
+
+def assert_those_of_the_full_softmax(got, inputs, d_out, segment_ids=None) -> None:
     """Norms differ by half of one percent at most: operands, probabilities and results are rounded to 2^-9 each."""
-    got = output_and_gradients(lambda *x: kernel_attention(*x, segment_ids, SCALE, kernels), inputs, d_out)
     wide = [x.astype(jnp.float32) for x in inputs]
     expected = output_and_gradients(lambda *x: full_softmax(segment_ids, *x), wide, d_out.astype(jnp.float32))
     for name, x, e in zip(NAMES, got, expected, strict=True):
@@ -54,16 +60,14 @@ def interpreted(**cuts) -> Kernels:
 
 
 # A last tile of queries that is no whole one, two heads, two sequences; more tiles of keys than slots.
-@pytest.mark.parametrize(
-    ("batch", "seq", "heads", "cut"),
-    [(2, 200, 1, BackwardConfig()), (1, 330, 2, BackwardConfig(alternate=True, dq_columns=8))],
-)
-def test_output_and_gradients_are_those_of_the_full_softmax(batch, seq, heads, cut):
-    assert_those_of_the_full_softmax(interpreted(backward=cut), *operands(batch, seq, heads))
+@pytest.mark.parametrize(("batch", "seq", "heads"), [(2, 200, 1), (1, 330, 2)])
+def test_output_and_gradients_are_those_of_the_full_softmax(batch, seq, heads):
+    given = operands(batch, seq, heads)
+    assert_those_of_the_full_softmax(both_passes(interpreted(), *given), *given)
 
 
 @pytest.mark.parametrize(
-    "forward", [ForwardConfig(3, 64, 3, heads=1), ForwardConfig(2, 64, 4, take_turns=False)], ids=["three", "narrow"]
+    "forward", [ForwardConfig(3, 64, 3, heads=1), ForwardConfig(2, 64, 4)], ids=["three", "narrow"]
 )
 def test_however_the_forward_pass_is_cut(forward):
     inputs, _ = operands(1, 260, 1)
@@ -75,7 +79,52 @@ def test_however_the_forward_pass_is_cut(forward):
 def test_packed_samples_do_not_see_each_other():
     # Samples that end within a tile and at its end, that fill several tiles, and ids that do not ascend.
     ids = jnp.asarray(np.repeat([[3, 1, 7], [0, 0, 2]], [10, 118, 202], axis=1), jnp.int32)
-    assert_those_of_the_full_softmax(interpreted(), *operands(2, 330, 1), ids)
+    given = (*operands(2, 330, 1), ids)
+    assert_those_of_the_full_softmax(both_passes(interpreted(), *given), *given)
+
+
+def mapped(function, devices: int):
+    """Of a device's own part of each argument, over a mesh."""
+    mesh, spec = Mesh(np.asarray(jax.devices()[:devices]), ("gpu",)), PartitionSpec("gpu")
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+def test_operands_may_vary_between_devices():
+    """As in the training step: Pallas refuses a warp's references that vary. One device, as the interpreter's memory is
+    one for all."""
+    given = (*operands(1, 130, 1), jnp.asarray(np.repeat([[0, 1]], [70, 60], axis=1), jnp.int32))
+    got = mapped(lambda *given: both_passes(interpreted(), *given), 1)(*given)
+    assert_those_of_the_full_softmax(got, *given)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(hopper, "device_refusal", lambda: None)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_without_a_name_a_hopper_gpu_runs_the_kernels(segmented, on_hopper):
+    inputs, d_out = operands(4, 64, 2)
+    ids = jnp.zeros((4, 64), jnp.int32) if segmented else None
+
+    def device(inputs, d_out, ids):
+        return output_and_gradients(lambda *x: causal_attention(*x, SCALE, segment_ids=ids), inputs, d_out)
+
+    text = mapped(device, 4).trace(inputs, d_out, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 2  # one for each pass
+
+
+def test_what_the_kernels_refuse_runs_by_cudnn_and_what_it_refuses_by_the_reference(on_hopper, monkeypatch):
+    monkeypatch.setattr(cudnn, "cudnn_attention", lambda q, k, v, scale: -jnp.ones_like(v))
+    inputs, _ = operands(1, 8, 1)
+    narrow = [*inputs[:4], inputs[4][..., :64]]
+    assert (causal_attention(*narrow, SCALE) == -1).all()
+    assert (causal_attention(*(x.astype(jnp.float16) for x in inputs), SCALE) == -1).all()
+    ids = jnp.zeros((1, 8), jnp.int32)
+    reference = causal_attention(*narrow, SCALE, "reference", ids)
+    np.testing.assert_array_equal(causal_attention(*narrow, SCALE, segment_ids=ids), reference)
 
 
 def test_the_reference_masks_segments_too():

@@ -24,14 +24,14 @@ def causal_attention(
 ) -> Float[Array, "batch seq heads v"]:
     """softmax(scale * q k^T) v with q = [q_nope | q_rope], k = [k_nope | k_rope], causal (report 2.1.1).
 
-    With `segment_ids`, of packed samples, a query sees only keys with its own id. None takes cuDNN where it can run
-    (16-bit operands on a GPU, values no wider than keys, no segments), else the Hopper kernels where they can
-    (bfloat16, the 671B model's widths), else the blockwise reference. A named implementation that cannot run raises
+    With `segment_ids`, of packed samples, a query sees only keys with its own id. None takes the Hopper kernels where
+    they can run (bfloat16, the 671B model's widths), else cuDNN where it can (16-bit operands on a GPU, values no wider
+    than keys, no segments), else the blockwise reference. A named implementation that cannot run raises
     NotImplementedError, an unknown name ValueError.
     """
     refusals = {
-        "cudnn": cudnn.unsupported(q_nope, q_rope, v, segment_ids is not None),
         "mosaic_gpu": mosaic_gpu.unsupported(q_nope, q_rope, v) or hopper.device_refusal(),
+        "cudnn": cudnn.unsupported(q_nope, q_rope, v, segment_ids is not None),
         "reference": None,
     }
     if implementation not in (None, *refusals):

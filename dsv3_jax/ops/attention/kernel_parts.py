@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import jax.experimental.pallas as pl
@@ -97,30 +96,3 @@ def accumulate(
     acc_ref[...] = start
     plgpu.wgmma(acc_ref, a, b_ref)
     return lambda later: plgpu.wgmma_accumulator_load(acc_ref, wait_n=later)
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Warpgroups that use the tensor cores in turn; without barriers, as they come."""
-
-    barriers: Any
-    """One for each warpgroup; None to let all go on."""
-    warpgroups: int
-
-    def open(self) -> None:
-        """Gives the first turn to the first warpgroup."""
-        pl.when(lax.axis_index("wg") == self.warpgroups - 1)(self.end)
-
-    def begin(self) -> None:
-        """Waits for this warpgroup's turn."""
-        if self.barriers is not None:
-            plgpu.barrier_wait(self.barriers.at[lax.axis_index("wg")])
-
-    def end(self) -> None:
-        """Passes the turn on."""
-        if self.barriers is not None:
-            plgpu.barrier_arrive(self.barriers.at[following(lax.axis_index("wg"), self.warpgroups)])
-
-    def close(self) -> None:
-        """Takes the last turn, which nobody uses."""
-        pl.when(lax.axis_index("wg") == 0)(self.begin)

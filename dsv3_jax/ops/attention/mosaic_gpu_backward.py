@@ -1,16 +1,16 @@
 """The Hopper kernel of causal attention's gradients: one pass over all pairs of a tile of keys and a tile of queries.
 
-A persistent grid, one block an SM, each with its list of tiles of 128 keys. One warp of the last warpgroup brings the
-tile's keys and values, then queries and output gradients, 64 at a time, into the next free slots. Two warpgroups hold
-the gradients of 64 keys each in registers. With scores transposed, so that probabilities are left sides in registers:
+A block for each tile of 128 keys, the longest first. One warp of its last warpgroup brings the tile's keys and values,
+then queries and output gradients, 64 at a time, into the next free slots. Two warpgroups hold the gradients of 64 keys
+each in registers. With scores transposed, so that probabilities are left sides in registers:
 
     S^T = K Q^T - lse | dP^T = V dO^T - delta | P = exp2 S | dS = P dP | dV += P^T dO | dK += dS^T Q | dQ += dS K
 
-dQ needs the dS of both warpgroups: they meet over a copy in shared memory, then each computes 64 or 128 of its 192
-columns and adds them to float32 in L2. So is the gradient of the rotary key, which all heads share: 32 KiB
-a tile and head, 2% of what dQ adds, where a copy for each head would be written and read again (537 MB at 128 heads
-and 4096 tokens with float32, 9% of the traffic of all other operands). lse and delta are what the accumulators of S and
-dP start from, so they take neither registers nor instructions of their own.
+dQ needs the dS of both warpgroups: they meet over a copy in shared memory, then one computes 128 and the other 64 of
+its 192 columns, by turns, and adds them to float32 in L2. The gradient of the rotary key, which all heads share, is
+added in the same way: 32 KiB a tile and head, at 4096 tokens 2% of what dQ adds. A copy for each head would be 134 MB
+in float32 at 128 heads and 4096 tokens, written and read again 268 MB. lse and delta are what the accumulators of S
+and dP start from, so they take neither registers nor instructions of their own.
 
 A tile of 128 x 64 costs 3328 cycles of the tensor cores (S 768, dP 512, dV 512, dK 768, dQ 768) and about as many of
 shared memory. Registers of a thread, of 240: dV 64, dK 96, S 32, dP 32. Shared memory, in KiB: k and v 80, which the
@@ -58,11 +58,6 @@ class BackwardConfig:
     """Slots in shared memory for tiles of queries and output gradients."""
     heads: int = 4
     """Whose tiles are handed out together, so that what they share stays in L2."""
-
-    alternate: bool = False
-    """Whether warpgroups take turns at the larger part of dQ, instead of the first always taking it."""
-    dq_columns: int = 32
-    """Columns of dQ that are next to each other in shared memory: 32, or 8 with shorter requests to memory."""
 
     @property
     def warpgroups(self) -> int:
@@ -238,8 +233,8 @@ def attention_backward(
                     preset(dkr_ref, dkr, interpret)
                     plgpu.wgmma(dkr_ref, ds_ref.at[mine], qr_s.at[slot])
                     plgpu.barrier_wait(ds_full)
-                    mine_first = lax.rem(i + wg, jnp.int32(2)) if config.alternate else wg + zero
-                    lax.fori_loop(0, 2 - mine_first, lambda j, _: add_dq(i, mine_first + 2 * j, ds_ref), None)
+                    odd = lax.rem(i + wg, jnp.int32(2))  # one computes chunks 0 and 2, the other chunk 1
+                    lax.fori_loop(0, 2 - odd, lambda j, _: add_dq(i, odd + 2 * j, ds_ref), None)
                     result = settled(dkn_ref, dkn, interpret), settled(dkr_ref, dkr, interpret), weighted(0)
                     plgpu.barrier_arrive(empty.at[slot])
                     return result
@@ -284,7 +279,7 @@ def attention_backward(
             operand((chunks, keys, _CHUNK), dtype),
             operand((keys, width), dtype),
             operand((1, keys, QUERIES), dtype),
-            _staged((chunks, QUERIES, _CHUNK), config.dq_columns),
+            operand((chunks, QUERIES, _CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=chunks + 1 + extra),
             plgpu.Barrier(num_arrivals=3 + extra, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -306,12 +301,6 @@ def attention_backward(
     dq = (jax.freeze(dq_sum).sum(0) * scale).astype(dtype)
     dk_rope = jax.freeze(dkr_sum).sum(0).astype(dtype)
     return dq[..., :nope], dq[..., nope:], dk_nope, dk_rope, dv
-
-
-def _staged(shape: tuple[int, ...], columns: int) -> Any:
-    """Shared memory for float32 on its way to memory."""
-    transforms = (plgpu.TilingTransform((8, columns)), *([plgpu.SwizzleTransform(128)] if columns == 32 else []))
-    return plgpu.SMEM(shape, jnp.float32, transforms=transforms)
 
 
 def _per_query(
