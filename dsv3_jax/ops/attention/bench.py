@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # the rest is PyTorch's
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -206,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sweep", action="store_true", help="time our kernels cut in other ways")
     args = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # the rest is PyTorch's
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; medians of calls that take turns\n", flush=True)
     if args.sweep:
         sweep()
