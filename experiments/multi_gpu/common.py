@@ -76,7 +76,12 @@ def compile_steps(configs: Mapping[Any, Config]) -> dict[Any, Compiled]:
 
 
 def run_steps(
-    config: Config, step: Compiled, steps: int, fresh: bool = False, around: AbstractContextManager | None = None
+    config: Config,
+    step: Compiled,
+    steps: int,
+    fresh: bool = False,
+    knobs: Knobs = KNOBS,
+    around: AbstractContextManager | None = None,
 ) -> tuple[float, list[StepReport]]:
     """Median seconds of a step after the first two, and all reports.
 
@@ -87,14 +92,14 @@ def run_steps(
     for index in range(steps + 2):
         tokens = tokens_of(config, index if fresh else 0)
         started = time.perf_counter()
-        state, report = jax.block_until_ready(step(state, tokens, KNOBS))
+        state, report = jax.block_until_ready(step(state, tokens, knobs))
         seconds.append(time.perf_counter() - started)
         reports.append(jax.device_get(report))
         if not report.applied:
             raise RuntimeError(f"{int(report.losses.overflow)} rows found no room: raise expert_buffer_factor")
     if around is not None:
         with around:
-            jax.block_until_ready(step(state, tokens_of(config), KNOBS))
+            jax.block_until_ready(step(state, tokens_of(config), knobs))
     return statistics.median(seconds[2:]), reports
 
 

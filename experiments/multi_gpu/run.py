@@ -67,7 +67,7 @@ def measure(host: Host, sections: list[str], args: argparse.Namespace) -> None:
     print(f"\n{len(programs)} steps compiled in {time.perf_counter() - started:.0f} s", flush=True)
     of = {section: {name[1:]: p for name, p in programs.items() if name[0] == section} for section in wanted}
     if "pipeline" in wanted:
-        measure_pipelines(host, wanted["pipeline"], of["pipeline"], args.steps)
+        measure_pipelines(wanted["pipeline"], of["pipeline"], args.steps)
     if "training" in wanted:
         measure_training(host, wanted["training"], of["training"], args.steps)
     if "equal" in wanted:

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import Host, print_table, run_steps, with_parallel
+from common import KNOBS, Host, print_table, run_steps, with_parallel
 from jax.stages import Compiled
 
 from dsv3_jax.cli import load_config
-from dsv3_jax.config import BatchConfig, Config, ModelConfig, ParallelConfig
+from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.program import exchange_overlaps
 from dsv3_jax.parallel.trace import ExchangeTime, exchange_time, read_kernels
@@ -23,7 +23,7 @@ Configs = dict[tuple, Config]
 Programs = dict[tuple, Compiled]
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = ModelConfig(
-    vocab_size=256, d_model=128, num_layers=3, num_dense_layers=1, d_ff=128, num_heads=2, qk_nope_head_dim=64,
+    vocab_size=256, d_model=128, num_layers=2, num_dense_layers=1, d_ff=128, num_heads=2, qk_nope_head_dim=64,
     qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=None, kv_lora_rank=128, num_experts=16, num_groups=4,
     top_k_groups=2, top_k=4, d_ff_expert=128, num_mtp_modules=1, max_length=64,
 )  # fmt: skip
@@ -113,7 +113,7 @@ def pipeline_configs(host: Host, schedules: list[str], ranks: list[int]) -> Conf
     return {(size, kind): pipeline_config(host, kind, size) for size in ranks for kind in schedules}
 
 
-def measure_pipelines(host: Host, configs: Configs, programs: Programs, steps: int) -> None:
+def measure_pipelines(configs: Configs, programs: Programs, steps: int) -> None:
     """Prints the step time of pipelines with four layers a rank, and what the planner says of it."""
     config = next(iter(configs.values()))
     print_table(
@@ -166,19 +166,30 @@ def equality_configs(host: Host) -> Configs:
 
 
 def check_equal(configs: Configs, programs: Programs, steps: int) -> None:
-    """Prints how far losses on several devices are from those of one."""
-    reports = {name: run_steps(config, programs[name], steps, fresh=True)[1] for name, config in configs.items()}
+    """Prints how far losses and gradients' norms on several devices are from those of one."""
+    # AdamW's first steps move a weight by the learning rate whatever its gradient, also where that is all rounding.
+    knobs = replace(KNOBS, learning_rate=np.float32(1e-5))
+    reports = {name: run_steps(config, programs[name], steps, True, knobs)[1] for name, config in configs.items()}
     one, *several = configs
     losses = {name: np.array([[r.losses.loss, *r.losses.mtp_loss] for r in of]) for name, of in reports.items()}
+    norms = {name: np.array([r.grad_norm for r in of]) for name, of in reports.items()}
     loads = {name: [r.losses.load for r in of] for name, of in reports.items()}
     print_table(
         f"{steps + 2} steps in float32 against one device, whose loss goes from {losses[one][0, 0]:.4f} to "
         f"{losses[one][-1, 0]:.4f}",
-        ["mesh", "largest difference of a loss", "experts' loads of all steps"],
+        [
+            "mesh",
+            "largest difference of a loss",
+            "of it in the first 3 steps",
+            "of a gradient's norm",
+            "experts' loads",
+        ],
         (
             [
                 " x ".join(f"{axis} {size}" for axis, size in mesh),
-                f"{np.abs(losses[mesh] / losses[one] - 1).max():.1e}",
+                f"{_apart(losses[mesh], losses[one]):.1e}",
+                f"{_apart(losses[mesh][:3], losses[one][:3]):.1e}",
+                f"{_apart(norms[mesh], norms[one]):.1e}",
                 "equal" if _all_equal(loads[mesh], loads[one]) else "differ",
             ]
             for mesh in several
@@ -186,14 +197,21 @@ def check_equal(configs: Configs, programs: Programs, steps: int) -> None:
     )
 
 
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a / b - 1).max())
+
+
 def _equality_config(host: Host, mesh: dict[str, int], devices: int) -> Config:
     sizes = {"data": 1, "node": 1, "gpu": 1} | mesh
     schedule = {"schedule": "1f1b"} if "pipe" in mesh else {}
-    model = replace(TINY if host.tiny else SMALL, num_layers=max(4, host.devices), init_std=0.05)
+    model = replace(
+        TINY if host.tiny else SMALL, num_layers=host.devices if host.tiny else max(4, host.devices), init_std=0.05
+    )
     seq_len = 32 if host.tiny else 256
     return Config(
         model=model,
         batch=BatchConfig(seq_len=seq_len, sequences=2 * host.devices * host.devices, microbatch=host.devices),
+        optimizer=OptimizerConfig(moments="float32"),
         parallel=ParallelConfig(devices=devices, expert_buffer_factor=8.0, **sizes, **schedule),
         precision="fp32",
     )
