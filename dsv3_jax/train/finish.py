@@ -19,7 +19,7 @@ from dsv3_jax.parallel.agreement import all_processes
 from dsv3_jax.parallel.placement import batch_axes
 from dsv3_jax.train.loop import Finished
 from dsv3_jax.train.pictures import draw_curves, draw_expert_load
-from dsv3_jax.train.step import make_evaluation
+from dsv3_jax.train.step import Evaluation, make_evaluation
 from dsv3_jax.train.text import Text, open_stream
 
 # More rows than this say nothing new about a bigram.
@@ -30,7 +30,8 @@ _PROMPT_TOKENS = 32
 def finish(config: Config, run: Finished, console: Console) -> dict[str, float | int | str | None]:
     """Evaluate, sample, draw; print it all and write summary.json. Every process must call it, process 0 reports."""
     text = run.text
-    loss = validation_loss(config, run, run.state.params)
+    evaluate = make_evaluation(config, run.mesh)
+    loss = validation_loss(config, run, evaluate, run.state.params)
     summary = {
         "steps": run.progress.step,
         "tokens": run.progress.tokens,
@@ -38,7 +39,7 @@ def finish(config: Config, run: Finished, console: Console) -> dict[str, float |
         "validation_bits_per_byte": bits_per_byte(loss, text),
         "validation_loss_of_average": None
         if run.average is None
-        else validation_loss(config, run, run.average.params()),
+        else validation_loss(config, run, evaluate, run.average.params()),
         "bad_documents": len(set(chain(*all_processes(list(text.source.bad_documents))))),
     }
     sample = _sample(config, run) if config.log.sample_tokens else None
@@ -53,9 +54,8 @@ def finish(config: Config, run: Finished, console: Console) -> dict[str, float |
     return summary
 
 
-def validation_loss(config: Config, run: Finished, params: Params) -> float:
+def validation_loss(config: Config, run: Finished, evaluate: Evaluation, params: Params) -> float:
     """Mean next-token loss in nats over the held-out rows."""
-    evaluate = make_evaluation(config, run.mesh)
     sharding = NamedSharding(run.mesh, PartitionSpec(batch_axes(run.mesh.shape)))
 
     def put(x: np.ndarray) -> jax.Array:

@@ -23,11 +23,6 @@ sys.meta_path.insert(0, Absent())
 for line in sys.stdin:
     runpy.run_path(sys.argv[1])["main"](shlex.split(line))
 """
-# What takes time here is compiling.
-QUICK = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +45,7 @@ def folder(tmp_path_factory):
 
 def run(folder, *todo):
     places = f"--tiny --every 4 --tokens {folder / 'tokens.npz'} --results {folder / 'results'}"
-    environment = (
-        os.environ
-        | QUICK
-        | {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")]),
-        }
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])}
     lines = "".join(f"{places} {what}\n" for what in todo)
     command = [sys.executable, "-c", WITHOUT, str(RUN)]
     done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False, env=environment)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 STEPS = 6
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 CONFIG = """
 from dsv3_jax.config import *
 
@@ -51,19 +52,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def environment(folder):
-    """Compiled once for each number of processes, and not optimized."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return os.environ | cache | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
-
-
 def command(folder, output, *settings, launcher=("train",)):
     words = [sys.executable, "-m", "dsv3_jax.cli", *launcher, folder / "small.py", "--output-dir", output]
     return list(map(str, [*words, "--resume", "auto", *settings]))
 
 
-def start(folder, environment, output, *settings):
+def start(folder, output, *settings):
     """Two plain processes, told their place."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -71,7 +65,7 @@ def start(folder, environment, output, *settings):
     return [
         subprocess.Popen(
             command(folder, output, "--stopped-status", 75, *settings),
-            env=environment | told | {"JAX_PROCESS_ID": str(index)},
+            env=ENVIRONMENT | told | {"JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -100,7 +94,7 @@ def saved_steps(output):
 
 
 @pytest.fixture(scope="module")
-def launched(folder, environment):
+def launched(folder):
     """Uninterrupted runs, by their number of processes; four have buffers that overflow at first."""
 
     def launch(count):
@@ -108,7 +102,7 @@ def launched(folder, environment):
         settings = ["--parallel.expert-buffer-factor", "1"] if count == 4 else []
         launcher = ("launch", "local", "--processes", count) if count > 1 else ("train",)
         argv = command(folder, output, *settings, launcher=launcher)
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
         return output, done
 
@@ -134,10 +128,10 @@ def test_processes_have_the_losses_of_one_and_process_0_alone_reports(launched, 
     assert names == {"checkpoints", "metrics.jsonl", "summary.json", "tokenizer.json", "curves.png", "expert_load.png"}
 
 
-def test_run_that_is_stopped_and_killed_goes_on_as_if_it_were_not(folder, environment, launched, tmp_path):
+def test_run_that_is_stopped_and_killed_goes_on_as_if_it_were_not(folder, launched, tmp_path):
     output, endless = tmp_path / "run", ("--steps", 100000)
 
-    processes = start(folder, environment, output, *endless, "--checkpoint.every", 100000)
+    processes = start(folder, output, *endless, "--checkpoint.every", 100000)
     wait_for_step(processes, output, 1)
     processes[1].send_signal(signal.SIGTERM)
     told = [process.communicate(timeout=120) for process in processes]
@@ -146,7 +140,7 @@ def test_run_that_is_stopped_and_killed_goes_on_as_if_it_were_not(folder, enviro
     assert saved_steps(output) == [count], "both stop after the same step and save it, though one got the signal"
     assert f"stopped by SIGTERM after step {count}" in told[0][0]
 
-    processes = start(folder, environment, output, *endless)
+    processes = start(folder, output, *endless)
     target = (count // 2 + 1) * 2
     wait_for_step(processes, output, target)
     processes[1].kill()
@@ -160,7 +154,7 @@ def test_run_that_is_stopped_and_killed_goes_on_as_if_it_were_not(folder, enviro
     assert "Traceback" not in err
 
     steps = max(STEPS, target + 2)
-    for process in start(folder, environment, output, "--steps", steps):
+    for process in start(folder, output, "--steps", steps):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     got = rows(output)
@@ -168,13 +162,13 @@ def test_run_that_is_stopped_and_killed_goes_on_as_if_it_were_not(folder, enviro
     assert got[:STEPS] == rows(launched(2)[0])
 
 
-def test_one_process_goes_on_with_what_two_began_and_damage_is_seen_by_all(folder, environment, launched, tmp_path):
+def test_one_process_goes_on_with_what_two_began_and_damage_is_seen_by_all(folder, launched, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(launched(2)[0], output)
     newest = output / "checkpoints" / str(STEPS)
     largest = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    processes = start(folder, environment, output)
+    processes = start(folder, output)
     told = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     assert f"from step {STEPS - 2}" in told[0][0]
@@ -182,7 +176,7 @@ def test_one_process_goes_on_with_what_two_began_and_damage_is_seen_by_all(folde
     assert rows(output) == rows(launched(2)[0])
 
     shutil.rmtree(newest)
-    alone = subprocess.run(command(folder, output), env=environment, capture_output=True, text=True, timeout=300)
+    alone = subprocess.run(command(folder, output), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert alone.returncode == 0, alone.stderr
     assert f"from step {STEPS - 2}" in alone.stdout
     losses = [[row["loss"] for row in rows(run)] for run in (output, launched(1)[0])]

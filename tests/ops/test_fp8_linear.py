@@ -4,30 +4,31 @@ The independent side quantizes with the formats' own functions, and multiplies i
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.model.moe import sort_by_group
+from dsv3_jax.ops import quantize
 from dsv3_jax.ops.feed_forward import fp8_feed_forward, fp8_routed_feed_forward
 from dsv3_jax.ops.fp8_matmul.study import Accumulator
 from dsv3_jax.ops.linear import FP8Rows, linear, linear_after_attention, quantize_input
-from dsv3_jax.ops.quantize import (
-    dequantize,
-    dequantize_blocks,
-    dequantize_e5m6,
-    quantize_blocks,
-    quantize_columns,
-    quantize_e5m6,
-    quantize_rows,
-)
 from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import FP8Weight
 
 ROWS, K, N, FF = 256, 192, 160, 128
+# Compiled whole: op by op, each shape would compile dozens of programs.
+quantize_rows, quantize_columns = (
+    jax.jit(f, static_argnames="power_of_2") for f in (quantize.quantize_rows, quantize.quantize_columns)
+)
+quantize_blocks, dequantize, dequantize_blocks = map(
+    jax.jit, (quantize.quantize_blocks, quantize.dequantize, quantize.dequantize_blocks)
+)
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16)
 
@@ -45,11 +46,11 @@ def difference(got: jax.Array, want: np.ndarray) -> float:
 
 
 def rows(x: jax.Array, power_of_2: bool = False) -> np.ndarray:
-    return np.asarray(jax.jit(lambda x: dequantize(quantize_rows(x, power_of_2)))(x), np.float64)
+    return np.asarray(dequantize(quantize_rows(x, power_of_2)), np.float64)
 
 
 def columns(x: jax.Array) -> np.ndarray:
-    return np.asarray(jax.jit(lambda x: dequantize(quantize_columns(x)))(x), np.float64).T
+    return np.asarray(dequantize(quantize_columns(x)), np.float64).T
 
 
 def blocks(w: FP8Weight) -> np.ndarray:
@@ -73,7 +74,7 @@ def bf16(x: np.ndarray) -> jax.Array:
 
 def test_linear_and_its_gradients_are_products_of_the_quantized_operands():
     x, w, dy = normal(0, 2, ROWS // 2, K), weight(1, K, N), normal(2, 2, ROWS // 2, N)
-    y, pullback = jax.vjp(linear, x, w)
+    y, pullback = jax.vjp(jax.jit(linear), x, w)
     dx, dw = pullback(dy)
     assert (y.dtype, dx.dtype, dw.slot.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     x, dy = x.reshape(ROWS, K), dy.reshape(ROWS, N)
@@ -90,7 +91,7 @@ def test_linear_after_attention_keeps_e5m6():
     dx, dw = pullback(dy)
     assert difference(y, rows(x) @ blocks(w)) < 1e-5
     assert difference(dx, rows(dy) @ blocks(w).T) < 1e-5
-    kept = dequantize_e5m6(*quantize_e5m6(x))
+    kept = quantize.dequantize_e5m6(*quantize.quantize_e5m6(x))
     turned = np.asarray(dequantize(quantize_columns(kept, power_of_2=True)), np.float64)
     assert difference(dw.slot, turned @ columns(dy)) < 1e-5
     assert not any(part.dtype == jnp.bfloat16 and part.shape == x.shape for part in jax.tree.leaves(pullback))

@@ -1,11 +1,14 @@
 """FP8 products: the reference against numpy, and the Hopper kernels, interpreted on CPU, against the reference."""
 
+from functools import partial
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.ops import quantize
 from dsv3_jax.ops.fp8_matmul import (
     fp8_grouped_matmul,
     fp8_grouped_matmul_transposed,
@@ -18,11 +21,15 @@ from dsv3_jax.ops.fp8_matmul import (
 )
 from dsv3_jax.ops.fp8_matmul.tiles import SHAPES_671B, config_for
 from dsv3_jax.ops.hopper import Config
-from dsv3_jax.ops.quantize import Blocked, Tiled, quantize_blocks, quantize_columns, quantize_rows
+from dsv3_jax.ops.quantize import Blocked, Tiled
 
 INTERPRET = plgpu.InterpretGPUParams()
 # The bf16 result of a kernel is off by at most 2^-9 in every element, which makes a calc_diff of about 1.4e-6.
 BAR = 1e-5
+# Compiled whole: op by op, each shape would compile dozens of programs.
+quantize_rows, quantize_columns, quantize_blocks = map(
+    jax.jit, (quantize.quantize_rows, quantize.quantize_columns, quantize.quantize_blocks)
+)
 
 
 def calc_diff(x, y) -> float:
@@ -43,6 +50,7 @@ def numpy_blocks(weight: Blocked) -> np.ndarray:
     return values * scales[..., index[0], index[1]]
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def normal(seed: int, *shape: int):
     """Rows of very different magnitude, so that a scale in the wrong place shows."""
     key, other = jax.random.split(jax.random.key(seed))
@@ -54,12 +62,21 @@ def normal(seed: int, *shape: int):
 def test_dense_products_are_those_of_the_dequantized_operands(m, k, n):
     x, w, dy = normal(0, m, k), quantize_blocks(normal(1, k, n).astype(jnp.float32)), normal(2, m, n)
     rows, dy_rows, wide = quantize_rows(x), quantize_rows(dy), numpy_blocks(w)
-    assert calc_diff(fp8_matmul(rows, w, jnp.float32), numpy_rows(rows) @ wide) < 1e-12
-    assert calc_diff(fp8_matmul_transposed(dy_rows, w, jnp.float32), numpy_rows(dy_rows) @ wide.T) < 1e-12
     x_columns, dy_columns = quantize_columns(x), quantize_columns(dy)
+
+    @jax.jit
+    def products(rows, dy_rows, x_columns, dy_columns, w):
+        return (
+            fp8_matmul(rows, w, jnp.float32),
+            fp8_matmul_transposed(dy_rows, w, jnp.float32),
+            fp8_wgrad(x_columns, dy_columns),
+            fp8_wgrad(x_columns, dy_columns, jnp.ones((k, n))),
+        )
+
     dw = numpy_rows(x_columns) @ numpy_rows(dy_columns).T
-    assert calc_diff(fp8_wgrad(x_columns, dy_columns), dw) < 1e-12
-    assert calc_diff(fp8_wgrad(x_columns, dy_columns, jnp.ones((k, n))), dw + 1) < 1e-12
+    expected = numpy_rows(rows) @ wide, numpy_rows(dy_rows) @ wide.T, dw, dw + 1
+    for got, want in zip(products(rows, dy_rows, x_columns, dy_columns, w), expected, strict=True):
+        assert calc_diff(got, want) < 1e-12
 
 
 def test_grouped_products_are_those_of_each_tile_with_its_groups_weight():
@@ -72,15 +89,21 @@ def test_grouped_products_are_those_of_each_tile_with_its_groups_weight():
         quantize_columns(x),
         quantize_columns(dy),
     )
-    y = fp8_grouped_matmul(rows, w, tile_group, jnp.float32)
-    dx = fp8_grouped_matmul_transposed(dy_rows, w, tile_group, jnp.float32)
+
+    @jax.jit
+    def products(rows, dy_rows, x_columns, dy_columns, w):
+        return (
+            fp8_grouped_matmul(rows, w, tile_group, jnp.float32),
+            fp8_grouped_matmul_transposed(dy_rows, w, tile_group, jnp.float32),
+            fp8_grouped_wgrad(x_columns, dy_columns, tile_group, groups, jnp.ones((groups, k, n))),
+        )
+
+    y, dx, dw = map(np.asarray, products(rows, dy_rows, x_columns, dy_columns, w))
     wide = numpy_blocks(w)
     for tile, group in enumerate([0, 0, 2]):
         part = slice(128 * tile, 128 * (tile + 1))
         assert calc_diff(y[part], numpy_rows(rows)[part] @ wide[group]) < 1e-12
         assert calc_diff(dx[part], numpy_rows(dy_rows)[part] @ wide[group].T) < 1e-12
-    total = jnp.ones((groups, k, n))
-    dw = fp8_grouped_wgrad(x_columns, dy_columns, tile_group, groups, total)
     wide_x, wide_dy = numpy_rows(x_columns), numpy_rows(dy_columns)
     for group, part in enumerate([slice(0, 256), slice(0, 0), slice(256, 384)]):
         assert calc_diff(dw[group], wide_x[:, part] @ wide_dy[:, part].T + 1) < 1e-12
@@ -95,14 +118,14 @@ def test_blockwise_kernel_is_the_reference(config):
     x, w = quantize_rows(normal(0, 200, 384)), quantize_blocks(normal(1, 384, 336).astype(jnp.float32))
     run = {"config": config, "num_sms": 2, "interpret": INTERPRET}
     y = mosaic_gpu.matmul(x.values, x.scales, w.transposed, w.transposed_scales, **run)
-    assert calc_diff(y, reference.matmul(x, w)) < BAR
+    assert calc_diff(y, jax.jit(reference.matmul)(x, w)) < BAR
 
 
 def test_blockwise_kernel_of_a_transposed_weight_is_the_reference():
     dy, w = quantize_rows(normal(0, 136, 256)), quantize_blocks(normal(1, 144, 256).astype(jnp.float32))
     run = {"config": Config(128, stages=2), "num_sms": 2, "interpret": INTERPRET}
     dx = mosaic_gpu.matmul(dy.values, dy.scales, w.values, w.scales, dtype=jnp.float32, **run)
-    assert calc_diff(dx, reference.matmul_transposed(dy, w)) < 1e-9
+    assert calc_diff(dx, jax.jit(reference.matmul_transposed)(dy, w)) < 1e-9
 
 
 @pytest.mark.parametrize("rows", [128, 192])
@@ -119,7 +142,7 @@ def test_grouped_kernel_is_the_reference_on_tiles_that_have_rows(rows):
         num_sms=2,
         interpret=INTERPRET,
     )
-    assert calc_diff(y[:384], reference.grouped_matmul(x, w, tile_group)[:384]) < BAR
+    assert calc_diff(y[:384], jax.jit(reference.grouped_matmul)(x, w, tile_group)[:384]) < BAR
 
 
 @pytest.mark.parametrize("config", [Config(128, stages=2), Config(192, stages=2)], ids=["two", "three"])
@@ -127,7 +150,7 @@ def test_wgrad_kernel_is_the_reference(config):
     x, dy = quantize_columns(normal(0, 384, 136)), quantize_columns(normal(1, 384, 144))
     run = {"config": config, "num_sms": 2, "interpret": INTERPRET}
     dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, **run)
-    assert calc_diff(dw[0], reference.wgrad(x, dy)) < 1e-9
+    assert calc_diff(dw[0], jax.jit(reference.wgrad)(x, dy)) < 1e-9
 
 
 def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens():
@@ -135,7 +158,7 @@ def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens():
     bounds, tile_group = jnp.array([0, 1, 1, 3], jnp.int32), jnp.array([0, 2, 2, 3], jnp.int32)
     run = {"config": Config(128, stages=2), "num_sms": 2, "interpret": INTERPRET}
     dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, bounds, **run)
-    assert calc_diff(dw, reference.grouped_wgrad(x, dy, tile_group, 3)) < 1e-9
+    assert calc_diff(dw, jax.jit(reference.grouped_wgrad, static_argnums=3)(x, dy, tile_group, 3)) < 1e-9
     assert not np.asarray(dw[1]).any()
 
 

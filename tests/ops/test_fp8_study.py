@@ -9,20 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_jax.ops import quantize
 from dsv3_jax.ops.fp8_matmul import api, study
 from dsv3_jax.ops.fp8_matmul.study import Accumulator
-from dsv3_jax.ops.quantize import (
-    TILE,
-    Tiled,
-    blocked,
-    dequantize,
-    dequantize_blocks,
-    quantize_blocks,
-    quantize_columns,
-    quantize_rows,
-)
+from dsv3_jax.ops.quantize import TILE, Tiled, blocked
 
 few = settings(max_examples=5, deadline=None)
+# Compiled whole: op by op, each shape would compile dozens of programs.
+quantize_rows, quantize_columns, quantize_blocks, dequantize, dequantize_blocks = map(
+    jax.jit,
+    (
+        quantize.quantize_rows,
+        quantize.quantize_columns,
+        quantize.quantize_blocks,
+        quantize.dequantize,
+        quantize.dequantize_blocks,
+    ),
+)
 accumulators = st.builds(
     Accumulator,
     bits=st.integers(5, 24),

@@ -133,7 +133,7 @@ def test_kernel_of_blocks(dtype):
 def test_kernel_of_rms_norm(d):
     x, gain = jnp.asarray(expected.wide(8, (16, d))), jnp.asarray(expected.wide(9, (d,), np.float32))
     normed, tiles = mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6, **INTERPRET)
-    reference_normed, _ = jnp_reference.rms_norm_quantize(x, gain, 1e-6)
+    reference_normed, _ = jax.jit(jnp_reference.rms_norm_quantize)(x, gain, 1e-6)
     np.testing.assert_allclose(normed.astype(np.float32), reference_normed.astype(np.float32), rtol=2.0**-7)
     expected.assert_tiled(tiles, expected.rows(normed))  # of its own rounded result, exactly
 
@@ -144,10 +144,10 @@ def test_kernels_of_swiglu(weighted):
     weights = jnp.asarray(np.random.default_rng(12).uniform(size=128), jnp.float32) if weighted else None
     kept, out = mosaic_gpu_swiglu.swiglu_quantize(hidden, weights, **INTERPRET)
     expected.assert_tiled(kept, expected.rows(hidden))
-    theirs = jnp_reference.swiglu_quantize(hidden, weights)[1]
+    theirs = jax.jit(jnp_reference.swiglu_quantize)(hidden, weights)[1]
     expected.assert_close(out, theirs.values, theirs.scales)
     ours = mosaic_gpu_swiglu_backward.swiglu_quantize_backward(kept, d_out, weights, **INTERPRET)
-    theirs = jnp_reference.swiglu_quantize_backward(kept, d_out, weights)
+    theirs = jax.jit(jnp_reference.swiglu_quantize_backward)(kept, d_out, weights)
     for name in ("d_hidden_rows", "d_hidden_columns", "output_columns"):
         expected.assert_close(getattr(ours, name), getattr(theirs, name).values, getattr(theirs, name).scales)
     if weighted:
@@ -160,7 +160,7 @@ def test_kernels_of_swiglu(weighted):
 def test_reference_swiglu_backward_is_the_gradient():
     hidden, d_out = jax.random.normal(jax.random.key(0), (64, 512)), jax.random.normal(jax.random.key(1), (64, 256))
     weights = jax.random.uniform(jax.random.key(2), (64,))
-    kept = jnp_reference.quantize_rows(hidden)
+    kept = jax.jit(jnp_reference.quantize_rows)(hidden)
 
     def swiglu(hidden, weights):
         gate, up = jnp.split(hidden, 2, axis=-1)
@@ -168,7 +168,7 @@ def test_reference_swiglu_backward_is_the_gradient():
 
     out, pullback = jax.vjp(swiglu, quantize.dequantize(kept), weights)
     d_hidden, d_weights = pullback(d_out)
-    ours = jnp_reference.swiglu_quantize_backward(kept, d_out, weights)
+    ours = jax.jit(jnp_reference.swiglu_quantize_backward)(kept, d_out, weights)
     for tiles, exact in (
         (ours.d_hidden_rows, d_hidden),
         (ours.d_hidden_columns, d_hidden.T),
@@ -228,9 +228,10 @@ def test_quotients_are_the_nearest_whatever_the_division_gives():
     divisors = np.abs(expected.wide(13, 4000)).astype(np.float32)
     divisors = np.maximum(np.concatenate([divisors, np.random.default_rng(14).uniform(1, 2, 4000)]), 1e-30)
     divisors = divisors.astype(np.float32)
+    nearest_quotient = jax.jit(jnp_reference.nearest_quotient)
     for numerator in (448, 65024):
         nearest = np.float32(numerator) / divisors
         for units in (-2, -1, 0, 1, 2):
             off = (nearest.view(np.int32) + units).view(np.float32)
-            corrected = jnp_reference.nearest_quotient(jnp.asarray(off), jnp.asarray(divisors))
+            corrected = nearest_quotient(off, divisors)
             expected.assert_identical(corrected, nearest)

@@ -30,6 +30,7 @@ SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/linear
+SchedulerParameters=sched_interval=1,bf_interval=1
 ReturnToService=2
 JobRequeue=1
 KillWait=5
@@ -47,10 +48,11 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def wait_for(condition, otherwise, seconds=60):
+    # Every look starts a SLURM command.
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, otherwise
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 @dataclass(frozen=True)
