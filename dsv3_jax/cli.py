@@ -34,7 +34,8 @@ _STOPPED_HELP = "--stopped-status N  exit status of a run that SIGTERM stopped, 
 PLAN_OPTIONS = {
     "--mesh": "sizes of pipe, data, node and gpu: pipe=16,data=2,node=8,gpu=8; from parallel where it is left out",
     "--device": "h800 (default), h100, h200, or a .toml file like theirs",
-    "--schedule": "gpipe, 1f1b, interleaved_1f1b, zb1p, dualpipe (default, where it divides), dualpipev, ...",
+    "--schedule": "gpipe, 1f1b, interleaved_1f1b, zb1p, dualpipe, ...; from parallel where parallel.pipe > 1, else "
+    "dualpipe where it divides",
     "--timeline": "draw the pipeline's timeline into this .png",
     "--search": "print the ten fastest meshes, schedules, microbatches and recomputations of as many devices",
 }

@@ -242,6 +242,12 @@ def test_plan_on_the_reports_cluster(capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan_is_of_the_schedule_that_a_pipelined_config_trains_with(capsys):
+    settings = [*REPORT_MESH, "--parallel.schedule", "dualpipev"]
+    assert cli.main(["plan", str(ROOT / "configs/v3_671b.py"), *settings]) == 0
+    assert "dualpipev with 120 microbatches" in capsys.readouterr().out
+
+
 def test_plan_searches_on_the_devices_of_the_settings(capsys, config_file):
     settings = ["--parallel.devices", "8", "--parallel.gpu", "4", "--search", "--precision", "bf16"]
     assert cli.main(["plan", str(config_file), *settings]) == 0

@@ -35,7 +35,8 @@ def run(
         return
     if timeline:
         _require_png(timeline)
-    planned = plan_cluster(config, gpu, sizes, schedule)
+    own = config.parallel.schedule if config.parallel.pipe > 1 else None
+    planned = plan_cluster(config, gpu, sizes, schedule or own)
     print_model(config, plan(config), console)
     print_cluster_plan(planned, console)
     if timeline:
