@@ -152,8 +152,7 @@ def plan_device() -> Device:
     """The device file of this GPU, all links inside one host; h100 where there is none."""
     kind = jax.devices()[0].device_kind.lower()
     device = load_device("h200" if "h200" in kind else "h100")
-    fast = dict.fromkeys(("network",), device.achieved["nvlink"])
-    return replace(device, achieved=device.achieved | fast)
+    return replace(device, achieved=device.achieved | {"network": device.achieved["nvlink"]})
 
 
 def equality_configs(host: Host) -> Configs:
