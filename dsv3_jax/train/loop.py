@@ -207,24 +207,27 @@ class _Run:
 
 
 class _Stop:
-    """Whether SIGTERM has asked any process of the run to stop."""
+    """Whether SIGTERM has asked any process of the run to stop. Once it has, another changes nothing, also after the
+    loop: schedulers send several, and one that ends a process on its way out makes the job a failed one."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._stopping = False
 
     def __enter__(self) -> "_Stop":
         self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if not self._stopping:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self._asked = True
 
     def requested(self) -> bool:
         """True in every process once it is in one."""
-        return any_process(self._asked)
+        self._stopping = any_process(self._asked)
+        return self._stopping
 
 
 def _knobs(config: Config, tokens: int) -> tuple[Knobs, dict[str, float]]:

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import logging
+import os
 import re
+import signal
 from pathlib import Path
 
 import jax
@@ -196,3 +198,21 @@ def test_lack_of_memory_is_not_taken_for_a_damaged_checkpoint(overflowing_and_ro
     with pytest.raises(type(error), match=str(error)):
         loop.train(resumed(run), Console(quiet=True))
     assert files(run) == before
+
+
+def test_a_second_sigterm_does_not_end_a_run_that_saves_after_the_first():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with loop._Stop() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested()
+        os.kill(os.getpid(), signal.SIGTERM)  # by default it ends the process
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_that_nobody_stopped_leaves_sigterm_as_it_was():
+    before = signal.getsignal(signal.SIGTERM)
+    with loop._Stop() as stop:
+        assert not stop.requested()
+    assert signal.getsignal(signal.SIGTERM) == before
