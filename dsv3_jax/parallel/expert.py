@@ -12,8 +12,8 @@ expert on the same device are made where they are computed with. What a device o
 memory and crosses nothing.
 
 A level is one all-to-all of equal slabs, one for each device, so that all shapes are static; what a slab has no room
-for is counted, and the step runs again with larger ones. `lax.ragged_all_to_all` would send no padding, but reached 8
-GB/s on four H200 where the slabs move at 310 (experiments/multi_gpu).
+for is counted, and the step runs again with larger ones. `lax.ragged_all_to_all` would send no padding, but moved 8
+GB/s on four H200, where an all-to-all of equal parts moves 311 (experiments/multi_gpu).
 """
 
 import math

@@ -37,9 +37,8 @@ class Host:
 
     @property
     def memory(self) -> float:
-        """Bytes of a device that a program may use."""
-        stats = jax.devices()[0].memory_stats() or {}
-        return stats.get("bytes_limit", 1e9)
+        """Bytes of a GPU that a program may use."""
+        return jax.devices()[0].memory_stats()["bytes_limit"]
 
 
 def compile_all(lowered: Mapping[Any, Lowered]) -> dict[Any, Compiled]:

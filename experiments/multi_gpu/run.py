@@ -8,6 +8,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 
 import jax
 from common import Host, compile_steps
@@ -21,32 +23,44 @@ from training import (
     training_configs,
 )
 
+from dsv3_jax.config import ConfigError
+from dsv3_jax.parallel.schedule import KINDS
+
 SECTIONS = ("links", "exchange", "layer", "pipeline", "training", "equal")
 
 
 def main() -> None:
     """Prints what is measured, section by section."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    several = lambda *choices: partial(_several, choices)  # noqa: E731
+    parser.add_argument("--sections", type=several(*SECTIONS), default=SECTIONS, help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--devices", type=int, help="of those there are; emulated on CPU")
-    parser.add_argument("--precisions", default="bf16,fp8")
-    parser.add_argument("--streams", default="1,2", help="microbatches side by side in training")
-    parser.add_argument("--schedules", default="1f1b,zb1p,dualpipev")
-    parser.add_argument("--pipe", default=None, help="ranks, such as 2,4; by default all devices")
+    parser.add_argument("--precisions", type=several("bf16", "fp8"), default=("bf16", "fp8"))
+    parser.add_argument("--streams", type=several(1, 2), default=(1, 2), help="microbatches side by side in training")
+    parser.add_argument("--schedules", type=several(*KINDS), default=("1f1b", "zb1p", "dualpipev"))
+    parser.add_argument("--pipe", type=several(2, 4, 8), help="ranks, such as 2,4; by default all devices")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tiny", action="store_true", help="sizes for emulated CPU devices")
     args = parser.parse_args()
-    sections = args.sections.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"--sections {args.sections}: {min(unknown)!r} is not one of {', '.join(SECTIONS)}")
     if args.tiny:
         jax.config.update("jax_num_cpu_devices", args.devices or 8)
     host = host_of(args.devices, args.tiny)
     print(f"{host.devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
-    measure(host, sections, args)
+    try:
+        measure(host, args.sections, args)
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
-def measure(host: Host, sections: list[str], args: argparse.Namespace) -> None:
+def _several(choices: tuple, text: str) -> list:
+    """What is listed between commas, each one of the choices."""
+    known = {str(choice): choice for choice in choices}
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise argparse.ArgumentTypeError(f"{text}: {unknown[0]!r} is not one of {', '.join(known)}")
+    return [known[name] for name in text.split(",")]
+
+
+def measure(host: Host, sections: Sequence[str], args: argparse.Namespace) -> None:
     """All sections, those of whole steps last: their programs are compiled together, and nothing is timed meanwhile."""
     if {"links", "exchange"} & {*sections}:
         peak = measure_links(host)
@@ -54,11 +68,9 @@ def measure(host: Host, sections: list[str], args: argparse.Namespace) -> None:
             measure_exchange(host, peak)
     if "layer" in sections:
         measure_layer(host)
-    ranks = [int(size) for size in args.pipe.split(",")] if args.pipe else [host.devices]
-    numbers = [int(n) for n in args.streams.split(",")]
     configs = {
-        "pipeline": lambda: pipeline_configs(host, args.schedules.split(","), ranks),
-        "training": lambda: training_configs(host, args.precisions.split(","), numbers),
+        "pipeline": lambda: pipeline_configs(host, args.schedules, args.pipe or [host.devices]),
+        "training": lambda: training_configs(host, args.precisions, args.streams),
         "equal": lambda: equality_configs(host),
     }
     wanted = {section: make() for section, make in configs.items() if section in sections}

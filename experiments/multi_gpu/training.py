@@ -1,5 +1,6 @@
 """Whole training steps: the small MoE, two microbatches side by side, pipelines against their plan, and equality."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from common import KNOBS, Host, print_table, run_steps, with_parallel
 from jax.stages import Compiled
 
 from dsv3_jax.cli import load_config
-from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
+from dsv3_jax.config import BatchConfig, Config, ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.program import exchange_overlaps
 from dsv3_jax.parallel.trace import ExchangeTime, exchange_time, read_kernels
@@ -32,6 +33,8 @@ SMALL = replace(
     TINY, vocab_size=4096, d_model=512, num_layers=4, d_ff=1024, num_heads=4, qk_nope_head_dim=128, kv_lora_rank=256,
     num_experts=32, num_groups=8, top_k_groups=4, d_ff_expert=256, max_length=512,
 )  # fmt: skip
+PROFILES = Path("runs/multi_gpu")
+"""Where a profile of each training line is left."""
 ROOM = 0.4
 """Share of a GPU's memory for weights, gradients and optimizer: the rest is for activations and copies."""
 
@@ -58,7 +61,7 @@ def _batch(host: Host, seq_len: int, microbatches: int) -> BatchConfig:
 STREAMS = {1: "one by one", 2: "two side by side"}
 
 
-def training_configs(host: Host, precisions: list[str], streams: list[int]) -> Configs:
+def training_configs(host: Host, precisions: Sequence[str], streams: Sequence[int]) -> Configs:
     """The small MoE in each precision, its microbatches one after the other or two side by side."""
     return {
         (precision, STREAMS[n]): with_parallel(small_moe(host, precision), overlap_microbatches=n == 2)
@@ -84,7 +87,7 @@ def measure_training(host: Host, configs: Configs, programs: Programs, steps: in
 
 
 def _training_cells(host: Host, config: Config, program: Compiled, name: str, steps: int) -> list[str]:
-    folder = Path("profile") / name.replace(" ", "_")
+    folder = PROFILES / name.replace(" ", "_")
     seconds, reports = run_steps(config, program, steps, around=_profile(host, folder))
     tokens = config.batch.sequences * config.batch.seq_len / seconds / host.devices
     flops = training_flops_per_token_with_mtp(config.model, config.batch.seq_len)
@@ -108,7 +111,7 @@ def _hidden(host: Host, folder: Path) -> list[str]:
     return [f"{1e3 * longest.exchange:.0f}", f"{longest.hidden / max(longest.exchange, 1e-9):.0%}"]
 
 
-def pipeline_configs(host: Host, schedules: list[str], ranks: list[int]) -> Configs:
+def pipeline_configs(host: Host, schedules: Sequence[str], ranks: Sequence[int]) -> Configs:
     """Each schedule on so many ranks."""
     return {(size, kind): pipeline_config(host, kind, size) for size in ranks for kind in schedules}
 
@@ -134,6 +137,8 @@ def _pipeline_cells(config: Config, program: Compiled, steps: int) -> list[str]:
 
 def pipeline_config(host: Host, schedule: str, ranks: int) -> Config:
     """Four layers a rank; what is left of the devices shares the experts."""
+    if host.devices % ranks:
+        raise ConfigError(f"--pipe {ranks}: does not divide the {host.devices} devices; choose fewer ranks")
     spread = host.devices // ranks
     rows = 4 * ranks * spread
     base = load_config(str(CONFIGS / "moe_16b.py"))

@@ -52,7 +52,12 @@ def test_a_pipeline_stands_beside_its_plan(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--sections", "speed"], "'speed' is not one of links, exchange"),
+        (["--sections", "speed"], "--sections: speed: 'speed' is not one of links, exchange"),
+        (["--streams", "3"], "--streams: 3: '3' is not one of 1, 2"),
+        (
+            ["--tiny", "--devices", "2", "--sections", "pipeline", "--pipe", "4"],
+            "--pipe 4: does not divide the 2 devices; choose fewer ranks",
+        ),
         (["--tiny", "--devices", "1"], "--devices 1: 1 are there; give 2, 4 or 8 of them"),
         ([], "needs NVIDIA GPUs; pass --tiny --devices 4 for emulated CPU devices"),
     ],

@@ -115,7 +115,8 @@ def cudnn_shapes(attention):
 
 
 def test_cudnn_takes_values_narrower_than_keys_as_they_are(monkeypatch):
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    gone = "this jax has no private entry to cuDNN: the next test shows what happens then"
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo", reason=gone)
     for name, answer in {"check_cudnn_version": 91000, "check_compute_capability": True}.items():
         monkeypatch.setattr(fused, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda _: False)
