@@ -1,0 +1,125 @@
+"""One pipeline rank's MoE layers with one GPU's share of their experts, forward and backward."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.moe import LocalExchange, Router, sort_by_group
+from dsv3_jax.model.rope import rotations
+from dsv3_jax.model.transformer import DecoderLayer, Recompute, recomputed
+from dsv3_jax.ops.feed_forward import Route
+from dsv3_jax.ops.weights import Params, attach_slots, cast_weights, gradient_slots
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one GPU computes of a rank."""
+
+    model: ModelConfig
+    layers: int = 4
+    local_experts: int = 4
+    seq_len: int = 4096
+    recompute: Recompute = "report"
+
+    @property
+    def rows(self) -> int:
+        """That come to this GPU's experts in each layer: as many as its own tokens have choices, when loads are even."""
+        return self.seq_len * self.model.top_k
+
+
+@dataclass(frozen=True)
+class EvenExchange(LocalExchange):
+    """In the place of an exchange: as many rows for each expert here as the other GPUs would send.
+
+    They are this GPU's own tokens. The router's choices give the rows their weights, not their places, so that loads
+    are even whatever the router learnt.
+    """
+
+    local_experts: int
+
+    def route(
+        self, experts: Int[Array, "tokens top_k"], num_experts: int, tile: int | None
+    ) -> tuple[Route, Int[Array, ""]]:
+        """See `Exchange`; nothing overflows."""
+        here = jnp.broadcast_to(jnp.arange(experts.shape[1], dtype=jnp.int32) % self.local_experts, experts.shape)
+        return sort_by_group(here, self.local_experts, tile), jnp.zeros((), jnp.int32)
+
+
+class Pass(NamedTuple):
+    """What a microbatch leaves behind."""
+
+    y: Float[Array, "1 seq d_model"]
+    pullback: Callable[[Array], Any]
+    """From the output's gradient to those of the weights and of the input."""
+
+
+class Functions(NamedTuple):
+    """Jitted; all take the compute copy of the weights first."""
+
+    forward: Callable[[Params, Array], Pass]
+    pair: Callable[[Params, Array, Callable, Array], tuple[Pass, Any]]
+    """The forward of one microbatch and the backward of another, from its pullback and dy."""
+
+
+def share_functions(share: Share) -> Functions:
+    """Of the layers in a row, none scanned: each has weights and gradients of its own, as on a pipeline rank."""
+    graphdef = nnx.split(nnx.eval_shape(lambda: DecoderLayer(share.model, True, nnx.Rngs(0))))[0]
+    exchange = EvenExchange(share.local_experts)
+    turns = partial(rotations, share.model, jnp.arange(share.seq_len))
+    bias = jnp.zeros(share.model.num_experts, jnp.float32)
+
+    def layer(params: Params, x: Array) -> Array:
+        return nnx.merge(graphdef, params)(x, turns(), bias, exchange)[0]
+
+    def layers(compute: Sequence[Params], slots: Sequence[Params], x: Array) -> Array:
+        for weights in map(attach_slots, compute, slots):
+            x = recomputed(layer, share.recompute)(weights, x)
+        return x
+
+    def forward(compute: Sequence[Params], x: Array) -> Pass:
+        slots = [gradient_slots(weights) for weights in compute]
+        return Pass(*jax.vjp(partial(layers, compute), slots, x))
+
+    def pair(compute: Sequence[Params], x: Array, pullback: Callable, dy: Array) -> tuple[Pass, Any]:
+        return forward(compute, x), pullback(dy)
+
+    return Functions(jax.jit(forward), jax.jit(pair))
+
+
+def share_weights(share: Share, precision: str, seed: int = 0) -> list[Params]:
+    """The compute copy of each layer's random weights, with this GPU's experts alone."""
+
+    model = share.model
+    local = dataclasses.replace(
+        model, num_experts=share.local_experts, num_groups=1, top_k_groups=1, top_k=min(model.top_k, share.local_experts)
+    )
+
+    def of_layer(key: Array) -> Params:
+        rngs = nnx.Rngs(key)
+        params = nnx.to_pure_dict(nnx.split(DecoderLayer(local, True, rngs))[1])
+        router = nnx.to_pure_dict(nnx.split(Router(model, rngs))[1])
+        return cast_weights(params | {"ffn": params["ffn"] | {"router": router}}, precision)
+
+    return [jax.jit(of_layer)(key) for key in jax.random.split(jax.random.key(seed), share.layers)]
+
+
+def microbatches(share: Share, count: int, seed: int = 1) -> list[Float[Array, "1 seq d_model"]]:
+    """Random values of the residual stream, or of its gradient."""
+    keys = jax.random.split(jax.random.key(seed), count)
+    return [jax.random.normal(key, (1, share.seq_len, share.model.d_model), jnp.bfloat16) for key in keys]
+
+
+def tiny(model: ModelConfig) -> ModelConfig:
+    """The model cut down for a CPU, with all its parts."""
+    return dataclasses.replace(
+        model, d_model=256, num_heads=2, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, q_lora_rank=128,
+        kv_lora_rank=128, num_experts=16, num_groups=4, top_k_groups=2, top_k=4, d_ff_expert=128, max_length=128,
+    )  # fmt: skip
