@@ -23,6 +23,7 @@ from dsv3_jax.ops.permute import (
     unpermute,
     unpermute_choices,
 )
+from dsv3_jax.ops.products import matmul_split
 from dsv3_jax.ops.quantize import TILE
 from dsv3_jax.ops.weights import is_fp8
 
@@ -130,7 +131,8 @@ class Router(nnx.Module):
         """Select by score plus bias within the best groups; weigh by the score alone."""
         config = self.config
         kernel = self.kernel.get_value().astype(jnp.float32)
-        scores = jax.nn.sigmoid(jnp.matmul(x.astype(jnp.float32), kernel, precision="highest"))
+        logits = matmul_split(x, kernel) if x.dtype == jnp.bfloat16 else jnp.matmul(x, kernel, precision="highest")
+        scores = jax.nn.sigmoid(logits)
         choice = jax.lax.stop_gradient(scores) + bias
         experts = checkpoint_name(select_experts(choice, config), "routing")
         weights = jnp.take_along_axis(scores, experts, axis=-1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Share:
 
     @property
     def rows(self) -> int:
-        """That come to this GPU's experts in each layer: as many as its own tokens have choices, when loads are even."""
+        """That come to this GPU's experts in each layer: with even loads, as many as its own tokens have choices."""
         return self.seq_len * self.model.top_k
 
 
@@ -57,16 +57,29 @@ class Pass(NamedTuple):
     """What a microbatch leaves behind."""
 
     y: Float[Array, "1 seq d_model"]
-    pullback: Callable[[Array], Any]
-    """From the output's gradient to those of the weights and of the input."""
+    kept: "Kept"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kept:
+    """What the backward pass of a microbatch needs besides the weights."""
+
+    values: list[Array]
+    pullback: Any = field(metadata={"static": True})
+    """The structure of the function from the output's gradient to those of the weights and of the input."""
+    weights: tuple[int | None, ...] = field(metadata={"static": True})
+    """For each of its arrays the weight that it is, or None: then it is the next of the `values`."""
 
 
 class Functions(NamedTuple):
     """Jitted; all take the compute copy of the weights first."""
 
-    forward: Callable[[Params, Array], Pass]
-    pair: Callable[[Params, Array, Callable, Array], tuple[Pass, Any]]
-    """The forward of one microbatch and the backward of another, from its pullback and dy."""
+    forward: Callable[[Sequence[Params], Array], Pass]
+    backward: Callable[[Sequence[Params], Kept, Array], Any]
+    """Gradients of the weights and of the input, from that of the output."""
+    pair: Callable[[Sequence[Params], Array, Kept, Array], tuple[Pass, Any]]
+    """The forward of one microbatch and the backward of another."""
 
 
 def share_functions(share: Share) -> Functions:
@@ -86,12 +99,27 @@ def share_functions(share: Share) -> Functions:
 
     def forward(compute: Sequence[Params], x: Array) -> Pass:
         slots = [gradient_slots(weights) for weights in compute]
-        return Pass(*jax.vjp(partial(layers, compute), slots, x))
+        y, pullback = jax.vjp(partial(layers, compute), slots, x)
+        return Pass(y, _keep(pullback, compute))
 
-    def pair(compute: Sequence[Params], x: Array, pullback: Callable, dy: Array) -> tuple[Pass, Any]:
-        return forward(compute, x), pullback(dy)
+    def backward(compute: Sequence[Params], kept: Kept, dy: Array) -> Any:
+        values, weights = iter(kept.values), jax.tree.leaves(compute)
+        leaves = [next(values) if place is None else weights[place] for place in kept.weights]
+        return jax.tree.unflatten(kept.pullback, leaves)(dy)
 
-    return Functions(jax.jit(forward), jax.jit(pair))
+    def pair(compute: Sequence[Params], x: Array, kept: Kept, dy: Array) -> tuple[Pass, Any]:
+        return forward(compute, x), backward(compute, kept, dy)
+
+    return Functions(*map(jax.jit, (forward, backward, pair)))
+
+
+def _keep(pullback: Callable, compute: Sequence[Params]) -> Kept:
+    """Without the weights, which a jitted function that returned them would copy."""
+    place = {id(weight): i for i, weight in enumerate(jax.tree.leaves(compute))}
+    leaves, structure = jax.tree.flatten(pullback)
+    places = tuple(place.get(id(leaf)) for leaf in leaves)
+    values = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+    return Kept(values, structure, places)
 
 
 def share_weights(share: Share, precision: str, seed: int = 0) -> list[Params]:
@@ -99,7 +127,11 @@ def share_weights(share: Share, precision: str, seed: int = 0) -> list[Params]:
 
     model = share.model
     local = dataclasses.replace(
-        model, num_experts=share.local_experts, num_groups=1, top_k_groups=1, top_k=min(model.top_k, share.local_experts)
+        model,
+        num_experts=share.local_experts,
+        num_groups=1,
+        top_k_groups=1,
+        top_k=min(model.top_k, share.local_experts),
     )
 
     def of_layer(key: Array) -> Params:

@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax.ops.linear import embedding_lookup, linear
 from dsv3_jax.ops.products import api as products
-from dsv3_jax.ops.products import matmul_f32, transposed_matmul_f32
+from dsv3_jax.ops.products import matmul_f32, matmul_split, transposed_matmul_f32
 from dsv3_jax.ops.weights import MixedWeight
 
 
@@ -77,3 +77,18 @@ def test_products_of_bf16_are_float32_and_batched(matrix_instructions: bool, mon
     for product in (transposed_matmul_f32(a, b), matmul_f32(jnp.swapaxes(a, 1, 2), b)):
         assert product.dtype == jnp.float32
         np.testing.assert_allclose(product, expected, atol=2e-5)
+
+
+def test_a_split_product_is_as_exact_as_one_in_float32():
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (2, 40, 512)).astype(jnp.bfloat16)
+    w, dy = jax.random.normal(keys[1], (512, 16)), jax.random.normal(keys[2], (2, 40, 16))
+    y, pullback = jax.jit(lambda x, w: jax.vjp(matmul_split, x, w))(x, w)
+    dx, dw = jax.jit(pullback)(dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    in_float32 = jnp.matmul(x.astype(jnp.float32), w, precision="highest")
+    error = np.abs(wide(y) - wide(x) @ wide(w)).max()
+    assert error <= 2 * np.abs(wide(in_float32) - wide(x) @ wide(w)).max()
+    assert error < 1e-4  # of sums as large as 80, which bf16 weights would get wrong by 0.2
+    np.testing.assert_allclose(dw, np.einsum("btk,btn->kn", wide(x), wide(dy)), atol=1e-4)
+    np.testing.assert_allclose(wide(dx), wide(dy) @ wide(w).T, rtol=2**-8, atol=1e-3)

@@ -4,13 +4,15 @@ from functools import partial
 
 import hypothesis.extra.numpy as hnp
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.ops.permute import assign_slots, permute, permute_choices, tile_rows, unpermute
+from dsv3_jax.ops.permute import assign_slots, mosaic_gpu, permute, permute_choices, tile_rows, unpermute
+from dsv3_jax.ops.quantize import E4M3
 
 # tokens, choices a token, groups, rows a tile: few, so that each compiles once.
 SHAPES = [(1, 1, 1, 8), (3, 2, 9, 8), (40, 3, 5, 8), (64, 2, 4, 16)]
@@ -126,3 +128,34 @@ def test_a_tile_is_a_power_of_two_and_pads_at_most_half_of_a_large_balanced_load
     tile = tile_rows(rows, groups)
     assert tile in (8, 16, 32, 64, 128)
     assert tile == 8 or 2 * tile <= rows // groups
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(E4M3, 512), (jnp.bfloat16, 256)])
+def test_the_kernel_takes_rows_as_indexing_does(dtype, width):
+    """And none where the index is out of range."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(40, width)), jnp.float32).astype(dtype)
+    index = jnp.asarray(random.integers(0, 48, 96), jnp.int32)
+    taken = mosaic_gpu.take_rows(x, index, interpret=plgpu.InterpretGPUParams())
+    padded = np.concatenate([np.asarray(x, np.float32), np.zeros((8, width), np.float32)])
+    np.testing.assert_array_equal(np.asarray(taken, np.float32), padded[index])
+
+
+@pytest.mark.parametrize("dtype", [E4M3, jnp.bfloat16])
+def test_the_kernel_lowers_for_the_rows_of_the_671b_model(dtype):
+    x, index = jax.ShapeDtypeStruct((4096, 7168), dtype), jax.ShapeDtypeStruct((33280,), jnp.int32)
+    assert mosaic_gpu.unsupported(x, len(index)) is None
+    traced = jax.jit(mosaic_gpu.take_rows).trace(x, index)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "says"),
+    [
+        ((8, 100), 96, "takes rows of a multiple of 256"),
+        ((8, 32768), 96, "do not fit"),
+        ((8, 256), 40, "in multiples of 32"),
+    ],
+)
+def test_the_kernel_says_what_it_does_not_take(shape, rows, says):
+    assert says in mosaic_gpu.unsupported(jnp.zeros(shape, jnp.bfloat16), rows)

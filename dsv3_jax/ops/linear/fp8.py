@@ -72,8 +72,8 @@ def _after_attention_bwd(
     residuals: tuple[tuple[Array, Array], FP8Weight], dy: Array
 ) -> tuple[tuple[Array, FP8Weight], Logs]:
     kept, weight = residuals
-    # Both scales are powers of two, so that the second rounding falls on the grid of the first.
-    columns = quantize_columns(dequantize_e5m6(*kept), power_of_2=True)
+    # Both scales are powers of two, so that the second rounding falls on the grid of the first; and 16 bits hold it.
+    columns = quantize_columns(dequantize_e5m6(*kept).astype(dy.dtype), power_of_2=True)
     dx, dw, logs = _gradients(columns, dy, weight)
     return (dx, dw), logs
 
