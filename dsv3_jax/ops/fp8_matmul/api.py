@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.fp8_matmul import mosaic_gpu, reference
 from dsv3_jax.ops.fp8_matmul.tiles import config_for
+from dsv3_jax.ops.groups import group_bounds
 from dsv3_jax.ops.hopper import Implementation, multiprocessors, takes_kernel
 from dsv3_jax.ops.quantize.formats import TILE, Blocked, Tiled
 
@@ -85,8 +86,7 @@ def fp8_grouped_wgrad(
     """x^T @ dy of each group's rows in float32, added to `total` where given: the gradient of the weights."""
     tile = x_columns.values.shape[1] // tile_group.shape[0]
     if _takes_kernel(implementation, x_columns.values, dy_columns.values, tile):
-        bounds = jnp.searchsorted(tile_group, jnp.arange(groups + 1)).astype(jnp.int32)
-        return _tilewise(x_columns, dy_columns, bounds, total)
+        return _tilewise(x_columns, dy_columns, group_bounds(tile_group, groups), total)
     dw = reference.grouped_wgrad(x_columns, dy_columns, tile_group, groups)
     return dw if total is None else total + dw
 

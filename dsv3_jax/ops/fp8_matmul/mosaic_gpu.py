@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 from dsv3_jax.ops.fp8_matmul.scaled_product import Problem, Work, scaled_product
+from dsv3_jax.ops.groups import group_bounds
 from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, lowered_once
 from dsv3_jax.ops.quantize.formats import TILE
 
@@ -50,7 +51,8 @@ def matmul(
     grouped = tile_group is not None
     index = _row_tiles(tile_group, b.shape[0], config.rows) if grouped else jnp.zeros(1, jnp.int32)
     row_tiles = index.shape[1] if grouped else pl.cdiv(m, config.rows)
-    problem = Problem((1, row_tiles, pl.cdiv(n, TILE)), grouped_work if grouped else dense_work, block_scale)
+    name, work = ("fp8_grouped_matmul", grouped_work) if grouped else ("fp8_matmul", dense_work)
+    problem = Problem(name, (1, row_tiles, pl.cdiv(n, TILE)), work, block_scale)
     out = jax.ShapeDtypeStruct((m, n), dtype)
     return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, num_sms=num_sms, interpret=interpret)
 
@@ -82,7 +84,8 @@ def wgrad(
         first = bounds_ref[group]
         return Work(*at, first, bounds_ref[group + 1] - first)
 
-    problem = Problem((groups, pl.cdiv(m, config.rows), pl.cdiv(n, TILE)), work, block_scale=None)
+    name = "fp8_wgrad" if bounds is None else "fp8_grouped_wgrad"
+    problem = Problem(name, (groups, pl.cdiv(m, config.rows), pl.cdiv(n, TILE)), work, block_scale=None)
     out = jax.ShapeDtypeStruct((groups, m, n), jnp.float32)
     index = jnp.zeros(1, jnp.int32) if bounds is None else bounds
     return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, total, num_sms, interpret)
@@ -95,10 +98,11 @@ def _row_tiles(tile_group: Int[Array, " tiles"], groups: int, rows: int) -> Int[
     reach into the next group. Tiles that are left over end where they begin.
     """
     rows = rows // WARPGROUP_ROWS
-    bounds = jnp.searchsorted(tile_group, jnp.arange(groups + 1)).astype(jnp.int32) * (TILE // WARPGROUP_ROWS)
+    bounds = group_bounds(tile_group, groups) * (TILE // WARPGROUP_ROWS)
     tiles = -(-(bounds[1:] - bounds[:-1]) // rows)
     ends = jnp.cumsum(tiles)
     tile = jnp.arange(pl.cdiv(tile_group.shape[0] * TILE // WARPGROUP_ROWS, rows) + groups, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), groups - 1).astype(jnp.int32)
+    owner = jnp.searchsorted(ends, tile, side="right", method="compare_all")
+    group = jnp.minimum(owner, groups - 1).astype(jnp.int32)
     first = bounds[group] + (tile - (ends - tiles)[group]) * rows
     return jnp.stack([jnp.minimum(first, bounds[group + 1]), bounds[group + 1], group])

@@ -50,6 +50,8 @@ class Work:
 class Problem:
     """What sets one product apart from another."""
 
+    name: str
+    """In profiles."""
     grid: tuple[int, int, int]
     """Groups that are walked one after the other, and rows and columns of tiles of each."""
     work: Callable[..., Work]
@@ -177,6 +179,7 @@ def scaled_product(
         grid_names=("sm",),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
+        kernel_name=problem.name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )

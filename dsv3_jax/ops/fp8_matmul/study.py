@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.groups import group_bounds
 from dsv3_jax.ops.quantize.formats import TILE, Blocked, Tiled
 from dsv3_jax.ops.quantize.reference import quantize_blocks
 
@@ -116,8 +117,8 @@ def fp8_grouped_wgrad(
     rows = x_columns.values.shape[1] // tiles
     step = min(accumulator.step, rows)
     x, dy = (_tiles_in_steps(q, tiles, step) for q in (x_columns, dy_columns))
-    first = jnp.searchsorted(tile_group, jnp.arange(groups))
-    count = jnp.searchsorted(tile_group, jnp.arange(groups), side="right") - first
+    bounds = group_bounds(tile_group, groups)
+    first, count = bounds[:-1], jnp.diff(bounds)
     one_scale = accumulator.interval == rows == TILE
     promoted = accumulator.interval or x_columns.values.shape[1] + 1
 

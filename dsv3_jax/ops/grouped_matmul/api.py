@@ -4,11 +4,11 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.grouped_matmul import mosaic_gpu
 from dsv3_jax.ops.grouped_matmul.reference import grouped_dgrad, grouped_forward, grouped_wgrad
+from dsv3_jax.ops.groups import group_bounds
 from dsv3_jax.ops.hopper import Implementation, multiprocessors, takes_kernel
 from dsv3_jax.ops.weights import Logs, MixedWeight, Weight, WeightProduct, conclude
 
@@ -59,8 +59,7 @@ def _grouped_bwd(kernel: bool, residuals: tuple, dy: Array) -> tuple[tuple[Array
 def _grouped_wgrad(groups: int, kernel: bool, x: Array, dy: Array, tile_group: Array) -> Array:
     if not kernel:
         return grouped_wgrad(x, dy, tile_group, groups)
-    bounds = jnp.searchsorted(tile_group, jnp.arange(groups + 1)).astype(jnp.int32)
-    return mosaic_gpu.grouped_wgrad(x, dy, bounds, num_sms=multiprocessors())
+    return mosaic_gpu.grouped_wgrad(x, dy, group_bounds(tile_group, groups), num_sms=multiprocessors())
 
 
 _grouped.defvjp_with_logs(_grouped_fwd, _grouped_bwd)

@@ -88,6 +88,7 @@ def grouped_product(
     store = Store(config.cols, config.cols, x.dtype, n, width=64, slots=2)
     w_shape = (config.cols, _STEP) if transposed else (_STEP, config.cols)
     run = _kernel(
+        "bf16_grouped_matmul",
         body,
         jax.ShapeDtypeStruct((m, n), x.dtype),
         [operand((config.stages, _ROWS, _STEP), x.dtype), operand((config.stages, *w_shape), x.dtype)],
@@ -147,6 +148,7 @@ def grouped_wgrad(
 
     store = Store(config.cols, config.cols, jnp.float32, n, width=32, slots=2)
     run = _kernel(
+        "bf16_grouped_wgrad",
         body,
         jax.ShapeDtypeStruct((groups, m, n), jnp.float32),
         [operand((config.stages, _STEP, _ROWS), x.dtype), operand((config.stages, _STEP, config.cols), x.dtype)],
@@ -225,6 +227,7 @@ def _sum(multiply: Callable, count: Array, config: Config, full: Any, empty: Any
 
 
 def _kernel(
+    name: str,
     body: Callable,
     out_type: jax.ShapeDtypeStruct,
     operands: list[Any],
@@ -247,5 +250,6 @@ def _kernel(
         grid_names=("sm",),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
+        kernel_name=name,
         **({} if interpret is None else {"interpret": interpret}),
     )

@@ -70,6 +70,7 @@ def take_rows(x: Array, index: Int[Array, " rows"], *, interpret: Any = None) ->
         scratch_types=[plgpu.SMEM((SLOTS + 1, lines, PIECE), x.dtype), plgpu.Barrier(num_barriers=SLOTS + 1)],
         grid=(rows // BLOCK,),
         grid_names=("block",),
+        kernel_name="take_rows",
         **({} if interpret is None else {"interpret": interpret}),
     )
     taken = kernel(index, x.reshape(tokens, lines, PIECE), jnp.zeros((lines, PIECE), x.dtype))

@@ -87,6 +87,7 @@ def quantize_blocks(
         for_each_tile((rows // TILE, n_blocks), [(fetch, released)], work)
 
     values, transposed, scales = launch(
+        "quantize_blocks",
         kernel,
         [weight.reshape(rows, n)],
         blocks=blocks,

@@ -106,6 +106,7 @@ def rms_norm_quantize(
 
     cube = (rows, tiles, TILE)
     normed, values, scales = launch(
+        "rms_norm_quantize",
         kernel,
         [x.reshape(cube), gain.astype(jnp.float32).reshape(tiles, TILE)],
         blocks=blocks,

@@ -55,6 +55,7 @@ def tiled(values: Float8e4m3fn[Array, "rows k"], scales: Float[Array, "tiles pad
 
 
 def launch(
+    name: str,
     body: Callable,
     inputs: list[Array],
     *,
@@ -63,12 +64,12 @@ def launch(
     interpret: plgpu.InterpretGPUParams | None,
     **options,
 ):
-    """Runs `body` in blocks of warpgroups, axes "block" and "warpgroup"; `options` as plgpu.kernel takes them."""
+    """Runs `body` in blocks of warpgroups, axes "block" and "warpgroup"; `options` as plgpu.kernel takes them. Profiles
+    show `name`."""
     if interpret is not None:
         options["interpret"] = interpret
-    kernel = plgpu.kernel(
-        body, grid=(blocks,), grid_names=("block",), num_threads=warpgroups, thread_name="warpgroup", **options
-    )
+    options |= {"kernel_name": name, "num_threads": warpgroups, "thread_name": "warpgroup"}
+    kernel = plgpu.kernel(body, grid=(blocks,), grid_names=("block",), **options)
     return kernel(*inputs)
 
 

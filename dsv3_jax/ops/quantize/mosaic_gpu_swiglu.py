@@ -87,6 +87,7 @@ def swiglu_quantize(
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
     ]
     outputs = launch(
+        "swiglu_quantize",
         kernel,
         [hidden, jnp.pad(weights, (0, -rows % TILE))] if weighted else [hidden],
         blocks=blocks,

@@ -131,6 +131,7 @@ def swiglu_quantize_backward(
         plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]
     outputs = launch(
+        "swiglu_quantize_backward",
         kernel,
         [hidden.values, hidden.scales, d_out, *([weights] if weighted else [])],
         blocks=blocks,

@@ -81,7 +81,8 @@ def quantize(
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
     ]
-    outputs = launch(kernel, [x], blocks=blocks, interpret=interpret, out_type=types, scratch_types=scratch)
+    options = {"blocks": blocks, "interpret": interpret, "out_type": types, "scratch_types": scratch}
+    outputs = launch("quantize", kernel, [x], **options)
     return tuple(tiled(*pair) for pair in zip(outputs[::2], outputs[1::2], strict=True))
 
 
@@ -129,4 +130,5 @@ def retile(x: Tiled, *, blocks: int = 2 * MULTIPROCESSORS, interpret: plgpu.Inte
     ]
     inputs = [x.values, x.scales]
     types = tiled_types(k, rows)
-    return tiled(*launch(kernel, inputs, blocks=blocks, interpret=interpret, out_type=types, scratch_types=scratch))
+    options = {"blocks": blocks, "interpret": interpret, "out_type": types, "scratch_types": scratch}
+    return tiled(*launch("retile", kernel, inputs, **options))
