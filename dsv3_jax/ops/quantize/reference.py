@@ -110,9 +110,9 @@ def quantize_e5m6(x: Float[Array, "rows k"]) -> tuple[Float16[Array, "rows k"], 
 def round_to_e5m6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The nearest number with 6 bits of mantissa and the exponents of float16, ties to even, at most 65024 in
     magnitude; float32."""
-    exponent = jnp.maximum(jnp.frexp(x)[1] - 1, -14) - 6
-    power = lambda exponent: jnp.ldexp(jnp.float32(1), exponent)  # noqa: E731 (exact, as exp2 is not)
-    return jnp.clip(jnp.round(x * power(-exponent)) * power(exponent), -E5M6_MAX, E5M6_MAX)
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=6)
+    subnormal = jnp.round(x * 2.0**20) * 2.0**-20
+    return jnp.clip(jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal), -E5M6_MAX, E5M6_MAX)
 
 
 def dequantize_e5m6(values: Float16[Array, "rows k"], scales: Float[Array, "tiles rows"]) -> Float[Array, "rows k"]:
