@@ -16,10 +16,6 @@ RUN = Path(__file__).parents[2] / "experiments" / "whole_model" / "run.py"
 PEER = "sdpa-grouped_mm-compile-bf16"
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, timeout=500)
-
-
 @pytest.fixture(scope="module")
 def experiment():
     path = sys.path.copy()
@@ -41,7 +37,9 @@ def measured(tmp_path_factory):
     output = lacking.with_name("table.md")
     names = f"{PEER},dsv3_jax-bf16-none,dsv3_jax-fp8-report"
     places = ("--torch-python", str(lacking), "--output", str(output))
-    done = run("--sizes", "tiny", "--rounds", "1", "--steps", "2", "--warmup", "1", "--only", names, *places)
+    short = ("--sizes", "tiny", "--rounds", "1", "--steps", "2", "--warmup", "1", "--only", names)
+    command = [sys.executable, str(RUN), *short, *places]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr
     assert output.read_text() == done.stdout.removesuffix("\n")
     return done.stdout
@@ -80,13 +78,18 @@ def test_the_model_is_as_large_as_was_asked(experiment):
     assert task.model.d_ff_expert % 128 == 0, "FP8 kernels would not run"
 
 
+def test_the_readme_counts_as_the_planner_does(experiment):
+    count = count_parameters(experiment.SIZES["full"].model)
+    shown = f"| parameters | {count.main:,}; a token passes {count.active:,} |"
+    assert shown in RUN.with_name("README.md").read_text()
+
+
 def test_both_precisions_train_and_what_fails_is_said(measured, experiment):
-    rows = re.findall(
-        r"\| (dsv3_jax-\S+) \| ([\d.]+) \([^|]+\| ([\d,]+) \| - \| - \| (\S+) and (\S+) \| - \|", measured
-    )
+    pattern = r"\| (dsv3_jax-\S+) \| ([\d.]+) \([^|]+\| ([\d,]+) \| - \| - \| (\S+) and \S+ \| - \|"
+    rows = re.findall(pattern, measured)
     assert [name for name, *_ in rows] == ["dsv3_jax-bf16-none", "dsv3_jax-fp8-report"]
     task = experiment.SIZES["tiny"]
-    for _, milliseconds, speed, first, _ in rows:
+    for _, milliseconds, speed, first in rows:
         tokens = float(speed.replace(",", "")) * float(milliseconds) / 1e3
         assert tokens == pytest.approx(task.sequences * task.seq_len, rel=0.01)  # both are rounded
         # The logarithm of the vocabulary: small weights predict nothing yet.
@@ -161,7 +164,9 @@ def test_a_process_that_takes_too_long_is_ended(experiment, tmp_path):
         (["--sizes", "tiny", "--minutes", "0"], "no contender ran; of the first it is said: not within 0 minutes"),
     ],
 )
-def test_wrong_input_ends_in_a_sentence(arguments, says):
-    done = run(*arguments)
-    assert done.returncode != 0
-    assert says in done.stderr.splitlines()[-1]
+def test_wrong_input_ends_in_a_sentence(experiment, monkeypatch, capsys, arguments, says):
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        experiment.main()
+    said = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert says in said.splitlines()[-1]
