@@ -36,12 +36,7 @@ PEER_PARTS = (
     {"compile", "autotune", "plain"},
     {"bf16", "autocast"},
 )
-DEFAULT = (
-    "dsv3_jax-bf16-none",
-    "dsv3_jax-fp8-none",
-    "causal_cudnn-grouped_mm-compile-bf16",
-    "sdpa-grouped_mm-compile-bf16",
-)
+DEFAULT = ("dsv3_jax-bf16-none", "dsv3_jax-fp8-none", "causal_cudnn-grouped_mm-compile-bf16")
 
 
 @dataclass(frozen=True)
@@ -206,7 +201,8 @@ def table(speeds: Sequence[Speed], task: Task, device: str) -> str:
             ratio,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n" + conclusions([s for s in speeds if s.is_ours and not s.error], theirs)
+    drawn = conclusions([s for s in speeds if s.is_ours and not s.error], theirs)
+    return "\n".join([*lines, "", *drawn]) if drawn else "\n".join(lines)
 
 
 def fastest_of_theirs(speeds: Sequence[Speed]) -> Speed | None:
@@ -214,17 +210,17 @@ def fastest_of_theirs(speeds: Sequence[Speed]) -> Speed | None:
     return min((s for s in speeds if not s.is_ours and not s.error), key=lambda s: s.seconds, default=None)
 
 
-def conclusions(ours: Sequence[Speed], theirs: Speed | None) -> str:
+def conclusions(ours: Sequence[Speed], theirs: Speed | None) -> list[str]:
     """A line for each of ours: its speed and memory over those of the fastest of theirs."""
     if theirs is None:
-        return "None of theirs was measured."
+        return ["None of theirs was measured."]
     lines = []
     for speed in ours:
         memory = ""
         if speed.peak_bytes and theirs.peak_bytes:
             memory = f", with {speed.peak_bytes / theirs.peak_bytes:.2f} of its peak memory"
         lines.append(f"- {speed.name}: **{theirs.seconds / speed.seconds:.2f}** times {theirs.name}{memory}")
-    return "\n".join(lines)
+    return lines
 
 
 def utilization(speed: Speed, task: Task, device: str) -> str:
@@ -247,7 +243,8 @@ def setting(args: argparse.Namespace, records: Sequence[dict]) -> str:
     command = shlex.join(["python", "experiments/whole_model/run.py", *numbered, *only])
     return (
         f"{count.main:,} parameters on both sides, {count.active:,} of them for a token; {task.sequences} x "
-        f"{task.seq_len} tokens a step; {args.rounds} rounds of {args.steps} steps after {args.warmup} of warmup.\n\n"
+        f"{task.seq_len} tokens a step; {args.rounds} x {args.steps} steps, each time after "
+        f"{args.warmup} of warmup.\n\n"
         f"{records[-1]['device']}, {numbers}.\n\n`{command}`"
     )
 
@@ -266,7 +263,7 @@ def main() -> None:
     """Reads the command line, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", choices=SIZES, default="full", help="tiny is for a CPU")
-    parser.add_argument("--only", type=contenders, default=DEFAULT, help="contenders, such as " + ",".join(DEFAULT[:3]))
+    parser.add_argument("--only", type=contenders, default=DEFAULT, help="contenders, by default " + ",".join(DEFAULT))
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--steps", type=positive, default=8)
     parser.add_argument("--warmup", type=positive, default=3, help="the first compiles")
