@@ -14,7 +14,7 @@ from dsv3_jax.model.rope import softmax_scale
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.linear import FP8Rows, linear_after_attention
 from dsv3_jax.ops.products import matmul_f32
-from dsv3_jax.ops.rope import Rotations, rotate, rotate_heads
+from dsv3_jax.ops.rotary import Rotations, rotate, rotate_heads
 
 
 class LatentCache(NamedTuple):

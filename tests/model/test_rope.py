@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_jax.config import ModelConfig, YarnConfig
 from dsv3_jax.model.rope import frequencies, interpolation_range, rotation_factor, rotations, softmax_scale
-from dsv3_jax.ops.rope import rotate
+from dsv3_jax.ops.rotary import rotate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

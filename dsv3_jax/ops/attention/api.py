@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops import hopper
 from dsv3_jax.ops.attention import cudnn, mosaic_gpu
 from dsv3_jax.ops.attention.reference import blockwise_attention
-from dsv3_jax.ops.rope import Rotations, rotate_heads
+from dsv3_jax.ops.rotary import Rotations, rotate_heads
 
 Implementation = Literal["reference", "cudnn", "mosaic_gpu"]
 

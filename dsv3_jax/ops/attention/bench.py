@@ -27,7 +27,7 @@ from dsv3_jax.ops.attention.mosaic_gpu_backward import BackwardConfig
 from dsv3_jax.ops.attention.mosaic_gpu_forward import ForwardConfig
 from dsv3_jax.ops.attention.reference import blockwise_attention
 from dsv3_jax.ops.hopper import multiprocessors
-from dsv3_jax.ops.rope import Rotations
+from dsv3_jax.ops.rotary import Rotations
 from dsv3_jax.ops.timing import interleaved_medians, wait_for_all
 
 HEADS, NOPE, ROPE, VALUE = 128, 128, 64, 128

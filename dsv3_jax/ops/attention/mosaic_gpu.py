@@ -13,7 +13,7 @@ from dsv3_jax.ops.attention import mosaic_gpu_backward as backward
 from dsv3_jax.ops.attention.kernel_parts import first_of_segment, last_of_segment
 from dsv3_jax.ops.attention.mosaic_gpu_backward import BackwardConfig, attention_backward
 from dsv3_jax.ops.attention.mosaic_gpu_forward import ForwardConfig, attention_forward
-from dsv3_jax.ops.rope import Rotations, rotate_heads
+from dsv3_jax.ops.rotary import Rotations, rotate_heads
 
 WIDTHS = (128, 64, 128)
 """Of keys without and with position, and of values, in the 671B model: all that the kernels know."""

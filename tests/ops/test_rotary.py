@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.ops.rope import rotate, rotate_heads
+from dsv3_jax.ops.rotary import rotate, rotate_heads
 
 ANGLES = np.outer(np.arange(3, 8), [1.0, 0.3, 0.1, 0.03])
 TURNS = jnp.asarray(np.cos(ANGLES), jnp.float32), jnp.asarray(np.sin(ANGLES), jnp.float32)
