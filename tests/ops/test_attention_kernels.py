@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from attention_softmax import full_softmax, parts, turns
 from jax.sharding import Mesh, PartitionSpec
+from jaxpr_equations import equations
 
 from dsv3_jax.ops import hopper
 from dsv3_jax.ops.attention import causal_attention, cudnn, mosaic_gpu
@@ -166,6 +167,15 @@ def test_both_passes_lower_for_a_gpu_at_the_671b_models_heads(seq, segmented):
 
     text = jax.jit(run).trace(*avals, ids).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 2
+
+
+def test_keys_and_values_are_neither_taken_apart_nor_joined_outside_the_kernels():
+    avals = jax.eval_shape(lambda: operands_of(256))
+    traced = jax.make_jaxpr(partial(output_and_gradients, partial(kernels_attention, Kernels())))(*avals)
+    cuts = [e for _, e in equations(traced.jaxpr) if e.primitive.name in ("slice", "split", "concatenate", "gather")]
+    shapes = {x.aval.shape for e in cuts for x in (*e.invars, *e.outvars)}
+    assert (1, 256, 128, NOPE + ROPE) in shapes  # queries' last columns are rotated
+    assert (1, 256, 128, NOPE + V) not in shapes
 
 
 def operands_of(seq: int) -> tuple[list[jax.Array], jax.Array]:
