@@ -10,12 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, RMSNorm
-from dsv3_jax.model.rope import rotate, softmax_scale
+from dsv3_jax.model.rope import softmax_scale
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.linear import FP8Rows, linear_after_attention
 from dsv3_jax.ops.products import matmul_f32
-
-Rotations = tuple[Array, Array]
+from dsv3_jax.ops.rotary import Rotations, rotate, rotate_heads
 
 
 class LatentCache(NamedTuple):
@@ -47,27 +46,21 @@ class MLA(nnx.Module):
     ) -> Float[Array, "batch seq d_model"]:
         """Causal attention over whole sequences; `rotations` are cos and sin of the positions, [seq, pairs]."""
         config = self.config
-        q_nope, q_rope = self.queries(x, rotations)
+        q = self.queries(x)
         cache = self.latents(x, rotations)
-        batch = q_nope.shape[:2]
+        batch = q.shape[:2]
         kv = self.kv_up(cache.latent).reshape(*batch, config.num_heads, -1)
-        k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
-        heads = causal_attention(q_nope, q_rope, k_nope, cache.k_rope, v, softmax_scale(config))
+        heads = causal_attention(q, kv, cache.k_rope, rotations, softmax_scale(config))
         return linear_after_attention(heads.reshape(*batch, -1), self.out.kernel.get_value())
 
-    def queries(
-        self, x: Float[Array, "batch seq d_model"] | FP8Rows, rotations: Rotations
-    ) -> tuple[Float[Array, "batch seq heads nope"], Float[Array, "batch seq heads rope"]]:
-        """The part of each head's query without position, and the rotated part."""
+    def queries(self, x: Float[Array, "batch seq d_model"] | FP8Rows) -> Float[Array, "batch seq heads nope+rope"]:
+        """Each head's query, of which the last columns are still to be rotated."""
         config = self.config
         if config.q_lora_rank is None:
             q = self.q(x)
         else:
             q = self.q_up(self.q_norm.into(self.q_up, checkpoint_name(self.q_down(x), "latent")))
-        q = q.reshape(*q.shape[:2], config.num_heads, config.qk_head_dim)
-        q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-        cos, sin = rotations
-        return q_nope, rotate(q_rope, cos[..., None, :], sin[..., None, :])
+        return q.reshape(*q.shape[:2], config.num_heads, config.qk_head_dim)
 
     def latents(self, x: Float[Array, "batch seq d_model"] | FP8Rows, rotations: Rotations) -> LatentCache:
         """The normalized latent, as the up-projection reads it, and the rotated shared key of each token: what a cache
@@ -89,7 +82,8 @@ class MLA(nnx.Module):
         so no per-head key or value of the past is ever made.
         """
         config = self.config
-        q_nope, q_rope = self.queries(x, rotations)
+        q_nope, q_rope = jnp.split(self.queries(x), [config.qk_nope_head_dim], axis=-1)
+        q_rope = rotate_heads(q_rope, rotations)
         new = self.latents(x, rotations)
         cache = LatentCache(*(_write(old, part, start) for old, part in zip(cache, new, strict=True)))
         kernel = self.kv_up.kernel.get_value().astype(x.dtype)

@@ -65,12 +65,3 @@ def rotations(
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies(config), jnp.float32)
     factor = rotation_factor(config.yarn)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(
-    x: Float[Array, "*batch rope"], cos: Float[Array, "*batch pairs"], sin: Float[Array, "*batch pairs"]
-) -> Float[Array, "*batch rope"]:
-    """Rotate the pairs (x0, x1), (x2, x3) ... by the given angles, computed in float32."""
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)

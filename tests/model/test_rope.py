@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig, YarnConfig
-from dsv3_jax.model.rope import frequencies, interpolation_range, rotate, rotation_factor, rotations, softmax_scale
+from dsv3_jax.model.rope import frequencies, interpolation_range, rotation_factor, rotations, softmax_scale
+from dsv3_jax.ops.rotary import rotate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -21,17 +22,6 @@ def v3() -> ModelConfig:
     """The 671B model after context extension (report 4.3)."""
     config = runpy.run_path(str(CONFIGS / "v3_671b.py"))["config"]().model
     return dataclasses.replace(config, yarn=YarnConfig(), max_length=163840)
-
-
-def test_neighbours_rotate_as_one_complex_number():
-    config = ModelConfig(qk_rope_head_dim=8, rope_theta=100.0)
-    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
-    positions = jnp.arange(3, 8)
-    rotated = np.asarray(rotate(x, *rotations(config, positions)))
-    angles = np.outer(positions, [100.0 ** (-2 * i / 8) for i in range(4)])
-    expected = (np.asarray(x[..., 0::2]) + 1j * np.asarray(x[..., 1::2])) * np.exp(1j * angles)
-    np.testing.assert_allclose(rotated[..., 0::2], expected.real, atol=1e-5)
-    np.testing.assert_allclose(rotated[..., 1::2], expected.imag, atol=1e-5)
 
 
 @pytest.mark.parametrize("yarn", [None, YarnConfig(factor=4.0, original_length=64)])
@@ -49,15 +39,10 @@ def test_scores_depend_on_the_distance_alone(yarn):
     assert abs(score(1, 0) - score(0, 1)) > 1e-2
 
 
-def test_rotation_is_computed_in_float32_and_keeps_lengths_and_type():
-    config = ModelConfig(qk_rope_head_dim=16)
-    x = jax.random.normal(jax.random.key(0), (4, 16))
-    turns = rotations(config, jnp.arange(1000, 1004))
-    np.testing.assert_allclose(jnp.linalg.norm(rotate(x, *turns), axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
-    narrow = rotate(x.astype(jnp.bfloat16), *turns)
-    assert narrow.dtype == jnp.bfloat16
-    exact = rotate(x.astype(jnp.bfloat16).astype(jnp.float32), *turns)
-    np.testing.assert_array_equal(narrow, exact.astype(jnp.bfloat16))
+def test_positions_turn_pairs_by_angles_of_falling_frequency():
+    cos, sin = rotations(ModelConfig(qk_rope_head_dim=8, rope_theta=100.0), jnp.arange(3, 8))
+    angles = np.outer(np.arange(3, 8), [100.0 ** (-2 * i / 8) for i in range(4)])
+    np.testing.assert_allclose(cos + 1j * sin, np.exp(1j * angles), atol=1e-5)
 
 
 def test_671b_yarn_interpolates_from_frequency_10_to_23(v3):

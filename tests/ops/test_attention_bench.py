@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_softmax import full_softmax
 from jaxpr_equations import equations
 
 from dsv3_jax.ops.attention import bench
@@ -46,13 +47,14 @@ def test_both_passes_are_the_output_and_the_gradients(given):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_what_others_are_given_are_the_same_scores(given):
-    (q_nope, q_rope, k_nope, k_rope, v), _ = given
-    q, k, theirs = bench.joined(q_nope, q_rope, k_nope, k_rope, v)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, k_nope) + jnp.einsum("bqhd,bkd->bhqk", q_rope, k_rope)
+def test_what_others_are_given_is_the_same_attention(given):
+    inputs, _ = given
+    q, k, v = bench.joined(*inputs)
+    scores = bench.SCALE * jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    probabilities = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((SEQ, SEQ), bool)), scores, -jnp.inf), axis=-1)
+    expected = full_softmax(*inputs, bench.rotations(SEQ), bench.SCALE)
     # Sums of 192 products of float32, in another order.
-    np.testing.assert_allclose(jnp.einsum("bqhd,bkhd->bhqk", q, k), scores, rtol=1e-5, atol=1e-4)
-    assert theirs is v
+    np.testing.assert_allclose(jnp.einsum("bhqk,bkhd->bqhd", probabilities, v), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_who_refuses_is_named_and_left_out(capsys):

@@ -1,13 +1,16 @@
 """The Hopper kernels of attention, interpreted, against a softmax over the whole score matrix; and their worklists."""
 
 import re
+from functools import partial
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_softmax import full_softmax, parts, turns
 from jax.sharding import Mesh, PartitionSpec
+from jaxpr_equations import equations
 
 from dsv3_jax.ops import hopper
 from dsv3_jax.ops.attention import causal_attention, cudnn, mosaic_gpu
@@ -18,22 +21,25 @@ from dsv3_jax.ops.attention.worklists import worklists
 
 NOPE, ROPE, V = mosaic_gpu.WIDTHS
 SCALE = 0.09
-NAMES = ["out", "q_nope", "q_rope", "k_nope", "k_rope", "v"]
 
 
 def operands(batch: int, seq: int, heads: int) -> tuple[list[jax.Array], jax.Array]:
-    shapes = [(heads, NOPE), (heads, ROPE), (heads, NOPE), (ROPE,), (heads, V), (heads, V)]
+    shapes = [(heads, NOPE + ROPE), (heads, NOPE + V), (ROPE,), (heads, V)]
     rng = np.random.default_rng(seq)
     *inputs, d_out = (jnp.asarray(rng.normal(size=(batch, seq, *s)), jnp.bfloat16) for s in shapes)
     return inputs, d_out
 
 
-def full_softmax(segment_ids, q_nope, q_rope, k_nope, k_rope, v):
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, k_nope) + jnp.einsum("bqhd,bkd->bhqk", q_rope, k_rope)
-    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
-    if segment_ids is not None:
-        seen &= (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(seen, scores * SCALE, -jnp.inf), axis=-1), v)
+def kernels_attention(kernels: Kernels, *inputs, segment_ids=None):
+    return kernel_attention(*inputs, turns(inputs[0].shape[1], ROPE), segment_ids, SCALE, kernels)
+
+
+def attention(*inputs, implementation=None, segment_ids=None):
+    return causal_attention(*inputs, turns(inputs[0].shape[1], ROPE), SCALE, implementation, segment_ids)
+
+
+def expected_attention(*inputs, segment_ids=None):
+    return full_softmax(*inputs, turns(inputs[0].shape[1], ROPE), SCALE, segment_ids)
 
 
 def output_and_gradients(attention, inputs, d_out):
@@ -42,17 +48,19 @@ def output_and_gradients(attention, inputs, d_out):
 
 
 def both_passes(kernels: Kernels, inputs, d_out, segment_ids=None):
-    return output_and_gradients(lambda *x: kernel_attention(*x, segment_ids, SCALE, kernels), inputs, d_out)
+    return output_and_gradients(partial(kernels_attention, kernels, segment_ids=segment_ids), inputs, d_out)
 
 
 def assert_those_of_the_full_softmax(got, inputs, d_out, segment_ids=None) -> None:
     """Norms differ by half of one percent at most: operands, probabilities and results are rounded to 2^-9 each."""
     wide = [x.astype(jnp.float32) for x in inputs]
-    expected = output_and_gradients(lambda *x: full_softmax(segment_ids, *x), wide, d_out.astype(jnp.float32))
-    for name, x, e in zip(NAMES, got, expected, strict=True):
+    attention = partial(expected_attention, segment_ids=segment_ids)
+    expected = output_and_gradients(attention, wide, d_out.astype(jnp.float32))
+    expected = parts(NOPE, *expected)
+    for name, x in parts(NOPE, *got).items():
         assert x.dtype == jnp.bfloat16
-        assert x.shape == e.shape
-        assert jnp.linalg.norm(x - e) < 5e-3 * jnp.linalg.norm(e), name
+        assert x.shape == expected[name].shape
+        assert jnp.linalg.norm(x - expected[name]) < 5e-3 * jnp.linalg.norm(expected[name]), name
 
 
 def interpreted(**cuts) -> Kernels:
@@ -71,8 +79,8 @@ def test_output_and_gradients_are_those_of_the_full_softmax(batch, seq, heads):
 )
 def test_however_the_forward_pass_is_cut(forward):
     inputs, _ = operands(1, 260, 1)
-    got = kernel_attention(*inputs, None, SCALE, interpreted(forward=forward))
-    expected = full_softmax(None, *(x.astype(jnp.float32) for x in inputs))
+    got = kernels_attention(interpreted(forward=forward), *inputs)
+    expected = expected_attention(*(x.astype(jnp.float32) for x in inputs))
     assert jnp.linalg.norm(got - expected) < 5e-3 * jnp.linalg.norm(expected)
 
 
@@ -110,7 +118,7 @@ def test_without_a_name_a_hopper_gpu_runs_the_kernels(segmented, on_hopper):
     ids = jnp.zeros((4, 64), jnp.int32) if segmented else None
 
     def device(inputs, d_out, ids):
-        return output_and_gradients(lambda *x: causal_attention(*x, SCALE, segment_ids=ids), inputs, d_out)
+        return output_and_gradients(partial(attention, segment_ids=ids), inputs, d_out)
 
     text = mapped(device, 4).trace(inputs, d_out, ids).lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 2  # one for each pass
@@ -119,21 +127,25 @@ def test_without_a_name_a_hopper_gpu_runs_the_kernels(segmented, on_hopper):
 def test_what_the_kernels_refuse_runs_by_cudnn_and_what_it_refuses_by_the_reference(on_hopper, monkeypatch):
     monkeypatch.setattr(cudnn, "cudnn_attention", lambda q, k, v, scale: -jnp.ones_like(v))
     inputs, _ = operands(1, 8, 1)
-    narrow = [*inputs[:4], inputs[4][..., :64]]
-    assert (causal_attention(*narrow, SCALE) == -1).all()
-    assert (causal_attention(*(x.astype(jnp.float16) for x in inputs), SCALE) == -1).all()
+    narrow = with_narrow_values(*inputs)
+    assert (attention(*narrow) == -1).all()
+    assert (attention(*(x.astype(jnp.float16) for x in inputs)) == -1).all()
     ids = jnp.zeros((1, 8), jnp.int32)
-    reference = causal_attention(*narrow, SCALE, "reference", ids)
-    np.testing.assert_array_equal(causal_attention(*narrow, SCALE, segment_ids=ids), reference)
+    reference = attention(*narrow, implementation="reference", segment_ids=ids)
+    np.testing.assert_array_equal(attention(*narrow, segment_ids=ids), reference)
+
+
+def with_narrow_values(q, kv, k_rope):
+    return q, kv[..., : NOPE + 64], k_rope
 
 
 def test_the_reference_masks_segments_too():
     ids = jnp.asarray(np.repeat([[3, 1, 7], [0, 0, 2]], [10, 118, 202], axis=1), jnp.int32)
     inputs, d_out = operands(2, 330, 2)
     wide, d_out = [x.astype(jnp.float32) for x in inputs], d_out.astype(jnp.float32)
-    reference = lambda *x: causal_attention(*x, SCALE, "reference", segment_ids=ids)  # noqa: E731
-    got, expected = (output_and_gradients(f, wide, d_out) for f in (reference, lambda *x: full_softmax(ids, *x)))
-    for name, x, e in zip(NAMES, got, expected, strict=True):
+    both = partial(attention, implementation="reference", segment_ids=ids), partial(expected_attention, segment_ids=ids)
+    got, expected = (output_and_gradients(f, wide, d_out) for f in both)
+    for name, x, e in zip(["out", "q", "kv", "k_rope"], got, expected, strict=True):
         np.testing.assert_allclose(x, e, atol=2e-5, rtol=1e-5, err_msg=name)
 
 
@@ -147,18 +159,27 @@ def test_tiles_without_a_common_sample_are_left_out():
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("seq", [4096, 1000])
 def test_both_passes_lower_for_a_gpu_at_the_671b_models_heads(seq, segmented):
-    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda: operands_of(seq)))
+    avals = jax.eval_shape(lambda: operands_of(seq))
     ids = jax.ShapeDtypeStruct((1, seq), jnp.int32) if segmented else None
 
     def run(inputs, d_out, ids):
-        return output_and_gradients(lambda *x: kernel_attention(*x, ids, SCALE, Kernels()), inputs, d_out)
+        return output_and_gradients(partial(kernels_attention, Kernels(), segment_ids=ids), inputs, d_out)
 
     text = jax.jit(run).trace(*avals, ids).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 2
 
 
+def test_keys_and_values_are_neither_taken_apart_nor_joined_outside_the_kernels():
+    avals = jax.eval_shape(lambda: operands_of(256))
+    traced = jax.make_jaxpr(partial(output_and_gradients, partial(kernels_attention, Kernels())))(*avals)
+    cuts = [e for _, e in equations(traced.jaxpr) if e.primitive.name in ("slice", "split", "concatenate", "gather")]
+    shapes = {x.aval.shape for e in cuts for x in (*e.invars, *e.outvars)}
+    assert (1, 256, 128, NOPE + ROPE) in shapes  # queries' last columns are rotated
+    assert (1, 256, 128, NOPE + V) not in shapes
+
+
 def operands_of(seq: int) -> tuple[list[jax.Array], jax.Array]:
-    shapes = [(128, NOPE), (128, ROPE), (128, NOPE), (ROPE,), (128, V), (128, V)]
+    shapes = [(128, NOPE + ROPE), (128, NOPE + V), (ROPE,), (128, V)]
     *inputs, d_out = (jnp.zeros((1, seq, *s), jnp.bfloat16) for s in shapes)
     return inputs, d_out
 
@@ -180,8 +201,8 @@ def test_heads_are_handed_out_in_groups_longest_tiles_first():
 def test_naming_a_kernel_that_cannot_run_says_why():
     inputs, _ = operands(1, 8, 1)
     with pytest.raises(NotImplementedError, match="mosaic_gpu attention needs a Hopper GPU, the backend is cpu: use"):
-        causal_attention(*inputs, SCALE, "mosaic_gpu")
+        attention(*inputs, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=r"takes widths of \(128, 64, 128\) \(nope, rope, v\), not"):
-        causal_attention(*inputs[:4], inputs[4][..., :64], SCALE, "mosaic_gpu")
+        attention(*with_narrow_values(*inputs), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="mosaic_gpu attention takes bfloat16, not float32"):
-        causal_attention(*(x.astype(jnp.float32) for x in inputs), SCALE, "mosaic_gpu")
+        attention(*(x.astype(jnp.float32) for x in inputs), implementation="mosaic_gpu")

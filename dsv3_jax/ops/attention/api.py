@@ -8,30 +8,36 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops import hopper
 from dsv3_jax.ops.attention import cudnn, mosaic_gpu
 from dsv3_jax.ops.attention.reference import blockwise_attention
+from dsv3_jax.ops.rotary import Rotations, rotate_heads
 
 Implementation = Literal["reference", "cudnn", "mosaic_gpu"]
 
 
 def causal_attention(
-    q_nope: Float[Array, "batch seq heads nope"],
-    q_rope: Float[Array, "batch seq heads rope"],
-    k_nope: Float[Array, "batch seq heads nope"],
+    q: Float[Array, "batch seq heads nope+rope"],
+    kv: Float[Array, "batch seq heads nope+v"],
     k_rope: Float[Array, "batch seq rope"],
-    v: Float[Array, "batch seq heads v"],
+    rotations: Rotations,
     scale: float,
     implementation: Implementation | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads v"]:
-    """softmax(scale * q k^T) v with q = [q_nope | q_rope], k = [k_nope | k_rope], causal (report 2.1.1).
+    """softmax(scale * q k^T) v, causal, of queries, keys and values as their projections write them (report 2.1.1).
+
+    The last columns of q, as many as k_rope has, are rotated here by `rotations`, cos and sin of the positions, [seq,
+    pairs]; k_rope, which all heads share, is rotated already. kv holds a head's keys without position, then its values.
 
     With `segment_ids`, of packed samples, a query sees only keys with its own id. None takes the Hopper kernels where
     they can run (bfloat16, the 671B model's widths), else cuDNN where it can (16-bit operands on a GPU, values no wider
     than keys, no segments), else the blockwise reference. A named implementation that cannot run raises
     NotImplementedError, an unknown name ValueError.
     """
+    rope = k_rope.shape[-1]
+    nope = q.shape[-1] - rope
+    width = kv.shape[-1] - nope
     refusals = {
-        "mosaic_gpu": mosaic_gpu.unsupported(q_nope, q_rope, v) or hopper.device_refusal(),
-        "cudnn": cudnn.unsupported(q_nope, q_rope, v, segment_ids is not None),
+        "mosaic_gpu": mosaic_gpu.unsupported(q.dtype, (nope, rope, width)) or hopper.device_refusal(),
+        "cudnn": cudnn.unsupported(q.dtype, nope + rope, width, segment_ids is not None),
         "reference": None,
     }
     if implementation not in (None, *refusals):
@@ -44,11 +50,27 @@ def causal_attention(
     chosen = implementation or next(name for name, refusal in refusals.items() if refusal is None)
     if chosen == "mosaic_gpu":
         kernels = mosaic_gpu.Kernels(hopper.multiprocessors())
-        return mosaic_gpu.kernel_attention(q_nope, q_rope, k_nope, k_rope, v, segment_ids, scale, kernels)
-    shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
-    q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    k = jnp.concatenate([k_nope, shared], axis=-1)
+        return mosaic_gpu.kernel_attention(q, kv, k_rope, rotations, segment_ids, scale, kernels)
+    operands = queries_keys_values(q, kv, k_rope, rotations)
     if chosen == "cudnn":
-        return cudnn.cudnn_attention(q, k, v, scale)
-    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        return cudnn.cudnn_attention(*operands, scale)
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in operands)
     return jnp.swapaxes(blockwise_attention(*heads_first, segment_ids, scale), 1, 2)
+
+
+def queries_keys_values(
+    q: Float[Array, "batch seq heads nope+rope"],
+    kv: Float[Array, "batch seq heads nope+v"],
+    k_rope: Float[Array, "batch seq rope"],
+    rotations: Rotations,
+) -> tuple[
+    Float[Array, "batch seq heads nope+rope"],
+    Float[Array, "batch seq heads nope+rope"],
+    Float[Array, "batch seq heads v"],
+]:
+    """Rotated queries, whole keys and values, of the operands of `causal_attention`, as other attentions take them."""
+    q_nope, q_rope = jnp.split(q, [q.shape[-1] - k_rope.shape[-1]], axis=-1)
+    k_nope, v = jnp.split(kv, [q_nope.shape[-1]], axis=-1)
+    shared = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
+    q = jnp.concatenate([q_nope, rotate_heads(q_rope, rotations)], axis=-1)
+    return q, jnp.concatenate([k_nope, shared], axis=-1), v

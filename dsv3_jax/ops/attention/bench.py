@@ -5,7 +5,8 @@ python -m dsv3_jax.ops.attention.bench --sweep  our kernels cut in other ways
 
 TFLOP/s count the products of a causal pass, half of all pairs of tokens, at two operations for each multiplication:
 640 a pair, head and forward pass (192 wide scores, 128 wide values), 1664 more for the backward pass, which computes
-the scores again.
+the scores again. Ours takes what the projections write and rotates queries, and their gradients back, in the time that
+is shown; the others are given rotated queries and keys in one piece.
 """
 
 import argparse
@@ -19,12 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dsv3_jax.ops.attention.api import queries_keys_values
 from dsv3_jax.ops.attention.cudnn import cudnn_attention
 from dsv3_jax.ops.attention.mosaic_gpu import Kernels, kernel_attention
 from dsv3_jax.ops.attention.mosaic_gpu_backward import BackwardConfig
 from dsv3_jax.ops.attention.mosaic_gpu_forward import ForwardConfig
 from dsv3_jax.ops.attention.reference import blockwise_attention
 from dsv3_jax.ops.hopper import multiprocessors
+from dsv3_jax.ops.rotary import Rotations
 from dsv3_jax.ops.timing import interleaved_medians, wait_for_all
 
 HEADS, NOPE, ROPE, VALUE = 128, 128, 64, 128
@@ -43,8 +46,8 @@ BACKWARD_CONFIGS = [BackwardConfig(heads=heads) for heads in (4, 2, 8, 32)]
 
 
 def operands(batch: int, seq: int, heads: int) -> tuple[list[Array], Array]:
-    """The five operands and the gradient of the output."""
-    shapes = [(heads, NOPE), (heads, ROPE), (heads, NOPE), (ROPE,), (heads, VALUE), (heads, VALUE)]
+    """The three operands and the gradient of the output."""
+    shapes = [(heads, NOPE + ROPE), (heads, NOPE + VALUE), (ROPE,), (heads, VALUE)]
 
     @jax.jit
     def make() -> list[Array]:
@@ -55,10 +58,20 @@ def operands(batch: int, seq: int, heads: int) -> tuple[list[Array], Array]:
     return inputs, d_out
 
 
-def joined(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array) -> list[Array]:
+def rotations(seq: int) -> Rotations:
+    """Of positions 0 to seq, with RoPE's base."""
+    angles = jnp.arange(seq)[:, None] * 10000.0 ** -(jnp.arange(0, ROPE, 2) / ROPE)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def joined(q: Array, kv: Array, k_rope: Array) -> tuple[Array, Array, Array]:
     """q, k and v as others take them."""
-    k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
-    return [jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1), v]
+    return queries_keys_values(q, kv, k_rope, rotations(q.shape[1]))
+
+
+def parts(out: Array, q: Array, kv: Array, k_rope: Array) -> list[Array]:
+    """An output and gradients, those of either part of packed operands apart: the larger would hide the smaller."""
+    return [out, q[..., :NOPE], q[..., NOPE:], kv[..., :NOPE], k_rope, kv[..., NOPE:]]
 
 
 def both_passes(attention: Callable) -> Callable:
@@ -72,9 +85,9 @@ def both_passes(attention: Callable) -> Callable:
 
 
 def ours(forward: ForwardConfig, backward: BackwardConfig) -> Callable:
-    """Our kernels as a function of the five operands."""
+    """Our kernels as a function of the three operands."""
     kernels = Kernels(multiprocessors(), forward, backward)
-    return lambda *inputs: kernel_attention(*inputs, None, SCALE, kernels)
+    return lambda *inputs: kernel_attention(*inputs, rotations(inputs[0].shape[1]), None, SCALE, kernels)
 
 
 def cudnn(q: Array, k: Array, v: Array) -> Array:
@@ -89,9 +102,9 @@ def tokamax_attention(q: Array, k: Array, v: Array) -> Array:
     return tokamax.dot_product_attention(q, k, v, scale=SCALE, is_causal=True, implementation="mosaic")
 
 
-def exact(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array) -> Array:
+def exact(q: Array, kv: Array, k_rope: Array) -> Array:
     """In float32, by the blockwise reference."""
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in joined(q_nope, q_rope, k_nope, k_rope, v)]
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in joined(q, kv, k_rope)]
     return jnp.swapaxes(blockwise_attention(*heads_first, None, SCALE), 1, 2)
 
 
@@ -136,7 +149,7 @@ def errors() -> None:
         "cuDNN": (both_passes(through_joined), (inputs, d_out)),
         "exact": (both_passes(exact), (wide, d_out.astype(jnp.float32))),
     }
-    results = {name: call() for name, call in compiled(wanted).items()}
+    results = {name: parts(*call()) for name, call in compiled(wanted).items()}
     names = ["out", "q_nope", "q_rope", "k_nope", "k_rope", "v"]
     print("\n| error | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for who in [name for name in results if name != "exact"]:

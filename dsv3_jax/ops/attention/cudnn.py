@@ -41,13 +41,12 @@ def unpadded_entry() -> Callable[[Array, Array, Array, float], Array] | None:
     return run
 
 
-def unsupported(q_nope: Array, q_rope: Array, v: Array, segmented: bool) -> str | None:
-    """Why cuDNN cannot take these operands; None where it can."""
+def unsupported(dtype: jnp.dtype, keys: int, values: int, segmented: bool) -> str | None:
+    """Why cuDNN cannot take operands of these widths; None where it can."""
     if jax.default_backend() != "gpu":
         return f"needs a GPU, the backend is {jax.default_backend()}"
-    if q_nope.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes 16-bit operands, not {q_nope.dtype}"
-    keys, values = q_nope.shape[-1] + q_rope.shape[-1], v.shape[-1]
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes 16-bit operands, not {dtype}"
     if values > keys:
         return f"needs values no wider than keys, not {values} against {keys}"
     return "takes no segment ids" if segmented else None

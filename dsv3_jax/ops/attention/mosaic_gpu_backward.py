@@ -47,8 +47,6 @@ QUERIES = 64
 _CHUNK = 64
 """Columns of q and k in one piece of shared memory, and of dQ that a warpgroup computes at a time."""
 
-Gradients = tuple[Array, Array, Array, Array, Array]
-
 
 @dataclass(frozen=True)
 class BackwardConfig:
@@ -77,11 +75,10 @@ class BackwardConfig:
 
 @lowered_once("scale", "config", "interpret")
 def attention_backward(
-    q_nope: Float[Array, "batch seq heads nope"],
+    q: Float[Array, "batch seq heads nope+rope"],
     q_rope: Float[Array, "batch seq heads rope"],
-    k_nope: Float[Array, "batch seq heads nope"],
+    kv: Float[Array, "batch seq heads nope+v"],
     k_rope: Float[Array, "batch seq rope"],
-    v: Float[Array, "batch seq heads v"],
     segments: Segments | None,
     out: Float[Array, "batch seq heads v"],
     log_sum_exp: Float[Array, "batch heads padded_seq"],
@@ -90,10 +87,14 @@ def attention_backward(
     scale: float,
     config: BackwardConfig,
     interpret: Any = None,
-) -> Gradients:
-    """Gradients of the five operands, from what the forward pass returned."""
-    batch, seq, heads, nope = q_nope.shape
-    rope, width, dtype = q_rope.shape[-1], v.shape[-1], q_nope.dtype
+) -> tuple[
+    Float[Array, "batch seq heads nope+rope"], Float[Array, "batch seq heads nope+v"], Float[Array, "batch seq rope"]
+]:
+    """Gradients of the queries, their last columns rotated, over the scale and in float32; of keys and values side by
+    side; and of the rotary key. From what the forward pass took and returned."""
+    batch, seq, heads, rope = q_rope.shape
+    nope, dtype = q.shape[-1] - rope, q.dtype
+    width = kv.shape[-1] - nope
     chunks, nope_chunks = (nope + rope) // _CHUNK, nope // _CHUNK
     keys, stages = config.keys, config.stages
     tiles, query_tiles = pl.cdiv(seq, keys), pl.cdiv(seq, QUERIES)
@@ -108,11 +109,10 @@ def attention_backward(
 
     def body(tiles_ref, *refs):
         seg, refs = Segments.take(refs, segments)
-        qn_ref, qr_ref, kn_ref, kr_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dkr_ref, dkn_ref, dv_ref, *refs = (
-            refs
-        )
+        q_ref, qr_ref, kv_ref, kr_ref, do_ref, lse_ref, delta_ref, dq_ref, dkr_ref, dkv_ref, *refs = refs
         qn_s, qr_s, do_s, per_query_s, k_s, v_s, ds_s, dq_s, kv_full, q_full, do_full, empty, *refs = refs
         ds_full, ds_empty, *seg_s = refs
+        value_columns = pl.ds(nope, width)
         wg = lax.axis_index("wg")
 
         at = locate(tiles_ref[lax.axis_index("tile")], heads, tiles)
@@ -125,18 +125,20 @@ def attention_backward(
             def load_keys():
                 for c in range(nope_chunks):
                     columns = pl.ds(c * _CHUNK, _CHUNK)
-                    plgpu.copy_gmem_to_smem(kn_ref.at[at.batch, those, at.head, columns], k_s.at[c], kv_full)
+                    plgpu.copy_gmem_to_smem(kv_ref.at[at.batch, those, at.head, columns], k_s.at[c], kv_full)
                 for c in range(nope_chunks, chunks):
                     columns = pl.ds((c - nope_chunks) * _CHUNK, _CHUNK)
                     plgpu.copy_gmem_to_smem(kr_ref.at[at.batch, those, columns], k_s.at[c], kv_full)
-                plgpu.copy_gmem_to_smem(v_ref.at[at.batch, those, at.head], v_s, kv_full)
+                plgpu.copy_gmem_to_smem(kv_ref.at[at.batch, those, at.head, value_columns], v_s, kv_full)
                 if seg is not None:
                     plgpu.copy_gmem_to_smem(seg.ids.at[at.batch, those], seg_s[0].at[pl.ds(0, keys)], kv_full)
 
             def load_queries(i, slot):
                 mine = pl.ds(i * QUERIES, QUERIES)
                 plgpu.barrier_wait(empty.at[slot])
-                plgpu.copy_gmem_to_smem(qn_ref.at[at.batch, mine, at.head], qn_s.at[slot], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[at.batch, mine, at.head, pl.ds(0, nope)], qn_s.at[slot], q_full.at[slot]
+                )
                 plgpu.copy_gmem_to_smem(qr_ref.at[at.batch, mine, at.head], qr_s.at[slot], q_full.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[at.batch, at.head, mine], per_query_s.at[0, slot], q_full.at[slot])
                 if seg is not None:
@@ -259,9 +261,9 @@ def attention_backward(
             dq_s[wg + zero] = dkr * scale
             plgpu.commit_smem()
             for c in range(nope_chunks):
-                target = dkn_ref.at[at.batch, those, at.head, pl.ds(c * _CHUNK, _CHUNK)]
+                target = dkv_ref.at[at.batch, those, at.head, pl.ds(c * _CHUNK, _CHUNK)]
                 plgpu.copy_smem_to_gmem(k_s.at[zero + c, mine], target)
-            plgpu.copy_smem_to_gmem(v_s.at[mine], dv_ref.at[at.batch, those, at.head])
+            plgpu.copy_smem_to_gmem(v_s.at[mine], dkv_ref.at[at.batch, those, at.head, value_columns])
             place = 0 if interpret is None else at.head
             plgpu.copy_smem_to_gmem(dq_s.at[wg + zero], dkr_ref.at[place, at.batch, those], reduction_op=how)
 
@@ -270,7 +272,7 @@ def attention_backward(
     workers, extra = config.warpgroups, 0 if segments is None else 1
     run = plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct(k_nope.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
+        out_type=jax.ShapeDtypeStruct(kv.shape, dtype),
         scratch_types=[
             operand((stages, QUERIES, nope), dtype),
             operand((stages, QUERIES, rope), dtype),
@@ -296,11 +298,8 @@ def attention_backward(
         **({} if interpret is None else {"interpret": interpret}),
     )
     given = () if segments is None else segments
-    operands = (q_nope, q_rope, k_nope, k_rope, v, d_out, lse, delta)
-    dk_nope, dv = run(jnp.asarray(order), *given, *operands, dq_sum, dkr_sum)
-    dq = (jax.freeze(dq_sum).sum(0) * scale).astype(dtype)
-    dk_rope = jax.freeze(dkr_sum).sum(0).astype(dtype)
-    return dq[..., :nope], dq[..., nope:], dk_nope, dk_rope, dv
+    d_kv = run(jnp.asarray(order), *given, q, q_rope, kv, k_rope, d_out, lse, delta, dq_sum, dkr_sum)
+    return jax.freeze(dq_sum).sum(0), d_kv, jax.freeze(dkr_sum).sum(0).astype(dtype)
 
 
 def _per_query(

@@ -10,7 +10,8 @@ keys first. The others compute, 64 queries each:
 A warpgroup starts its two products together and turns to the next softmax as soon as S is there. One's softmax runs
 under the other's products without barriers that make them take turns at the tensor cores, which cost 5% of the time
 (H100, 4096 tokens, 128 heads). q k^T is the sum of two products, so that the rotary keys, which all heads share, are
-never copied. Only the tiles on the diagonal, which come first, are masked.
+never copied. Only the tiles on the diagonal, which come first, are masked. Queries, keys and values are read from the
+columns in which their projections wrote them; of the queries, only the rotated columns are an array of their own.
 
 Shared memory with 128 queries and 2 slots of 128 keys, in KiB: q 48, of which the output takes 32 when its tile is
 done, k 2 x 48, v 2 x 32: 208 of 227. Registers of a thread, of 240: output 64, scores 64, probabilities in bf16 32.
@@ -67,11 +68,10 @@ class ForwardConfig:
 
 @lowered_once("scale", "config", "num_sms", "interpret")
 def attention_forward(
-    q_nope: Float[Array, "batch seq heads nope"],
+    q: Float[Array, "batch seq heads nope+rope"],
     q_rope: Float[Array, "batch seq heads rope"],
-    k_nope: Float[Array, "batch seq heads nope"],
+    kv: Float[Array, "batch seq heads nope+v"],
     k_rope: Float[Array, "batch seq rope"],
-    v: Float[Array, "batch seq heads v"],
     segments: Segments | None,
     *,
     scale: float,
@@ -79,9 +79,13 @@ def attention_forward(
     num_sms: int = 132,
     interpret: Any = None,
 ) -> tuple[Float[Array, "batch seq heads v"], Float[Array, "batch heads padded_seq"]]:
-    """Output, and the log-sum-exp of the scaled scores in units of log 2, padded to whole tiles."""
-    batch, seq, heads, nope = q_nope.shape
-    rope, width, dtype = q_rope.shape[-1], v.shape[-1], q_nope.dtype
+    """Output, and the log-sum-exp of the scaled scores in units of log 2, padded to whole tiles.
+
+    Of q, only the first columns are read: `q_rope` are the others, rotated.
+    """
+    batch, seq, heads, rope = q_rope.shape
+    nope, dtype = q.shape[-1] - rope, q.dtype
+    width = kv.shape[-1] - nope
     rows, keys, stages = config.queries, config.keys, config.stages
     tiles = pl.cdiv(seq, rows)
     diagonal = pl.cdiv(rows, keys)  # tiles of keys of which some are hidden from some queries by position
@@ -89,8 +93,9 @@ def attention_forward(
     work = worklists(batch, heads, [count + 1 for count in key_tiles], num_sms, config.heads)
 
     def body(tiles_ref, bounds_ref, *refs):
-        seg, (qn_ref, qr_ref, kn_ref, kr_ref, v_ref, out_ref, lse_ref, *refs) = Segments.take(refs, segments)
+        seg, (q_ref, qr_ref, kv_ref, kr_ref, out_ref, lse_ref, *refs) = Segments.take(refs, segments)
         qn_s, qr_s, kn_s, kr_s, v_s, lse_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, *seg_s = refs
+        key_columns, value_columns = pl.ds(0, nope), pl.ds(nope, width)
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
 
         def for_each_tile(f: Callable) -> None:
@@ -108,7 +113,7 @@ def attention_forward(
             for w in range(config.warpgroups):
                 mine = pl.ds(at.index * rows + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 plgpu.barrier_wait(q_empty.at[w])
-                plgpu.copy_gmem_to_smem(qn_ref.at[at.batch, mine, at.head], qn_s.at[w], q_full.at[w])
+                plgpu.copy_gmem_to_smem(q_ref.at[at.batch, mine, at.head, pl.ds(0, nope)], qn_s.at[w], q_full.at[w])
                 plgpu.copy_gmem_to_smem(qr_ref.at[at.batch, mine, at.head], qr_s.at[w], q_full.at[w])
                 if seg is not None:
                     plgpu.copy_gmem_to_smem(seg.ids.at[at.batch, mine], seg_s[0].at[w], q_full.at[w])
@@ -116,12 +121,16 @@ def attention_forward(
             def load_keys(i, slot):
                 those = pl.ds((last - i) * keys, keys)
                 plgpu.barrier_wait(k_empty.at[slot])
-                plgpu.copy_gmem_to_smem(kn_ref.at[at.batch, those, at.head], kn_s.at[slot], k_full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    kv_ref.at[at.batch, those, at.head, key_columns], kn_s.at[slot], k_full.at[slot]
+                )
                 plgpu.copy_gmem_to_smem(kr_ref.at[at.batch, those], kr_s.at[slot], k_full.at[slot])
                 if seg is not None:
                     plgpu.copy_gmem_to_smem(seg.ids.at[at.batch, those], seg_s[1].at[slot], k_full.at[slot])
                 plgpu.barrier_wait(v_empty.at[slot])
-                plgpu.copy_gmem_to_smem(v_ref.at[at.batch, those, at.head], v_s.at[slot], v_full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    kv_ref.at[at.batch, those, at.head, value_columns], v_s.at[slot], v_full.at[slot]
+                )
                 return following(slot, stages)
 
             return lax.fori_loop(0, last - first + 1, load_keys, slot)
@@ -254,4 +263,4 @@ def attention_forward(
         **({} if interpret is None else {"interpret": interpret}),
     )
     given = () if segments is None else segments
-    return run(*map(jnp.asarray, work), *given, q_nope, q_rope, k_nope, k_rope, v)
+    return run(*map(jnp.asarray, work), *given, q, q_rope, kv, k_rope)
