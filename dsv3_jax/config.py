@@ -363,6 +363,9 @@ class Config:
     recompute: Literal["none", "report", "layer"] = "report"
     """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU as the report does; or
     every layer from its input."""
+    unroll_layers: int = 1
+    """Stacks of at most so many layers are compiled as straight code, deeper ones as a loop, which compiles as fast for
+    any depth but copies weights, gradients and what is kept into its stacks and out: a quarter of a step on a GPU."""
     seed: int = 0
     """Seed of the weights, the shuffling, FIM and the sample."""
     profile: bool = False
@@ -373,6 +376,7 @@ class Config:
     def __post_init__(self) -> None:
         require_choices(self)
         require(self.steps > 0, "steps", self.steps, "must be positive")
+        require(self.unroll_layers > 0, "unroll_layers", self.unroll_layers, "must be at least 1, which is a loop")
         require(self.max_bad_steps > 0, "max_bad_steps", self.max_bad_steps, "must be positive")
         require(
             self.batch.seq_len <= self.model.max_length,

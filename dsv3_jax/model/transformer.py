@@ -144,9 +144,11 @@ class Transformer(nnx.Module):
         router_bias: RouterBias,
         exchange: Exchange | None = None,
         recompute: Recompute = "none",
+        unroll_layers: int = 1,
     ) -> TrunkOutput:
-        """Embedding, all layers and the final norm."""
-        return self.trunks([tokens], router_bias, exchange, recompute)[0]
+        """Embedding, all layers and the final norm. Stacks of at most `unroll_layers` layers are straight code, deeper
+        ones loops."""
+        return self.trunks([tokens], router_bias, exchange, recompute, unroll_layers)[0]
 
     def trunks(
         self,
@@ -154,6 +156,7 @@ class Transformer(nnx.Module):
         router_bias: RouterBias,
         exchange: Exchange | None = None,
         recompute: Recompute = "none",
+        unroll_layers: int = 1,
     ) -> list[TrunkOutput]:
         """`trunk` of several microbatches, which pass each layer side by side: none needs what another computes, so
         that the exchange of one can run beside the products of another."""
@@ -162,11 +165,11 @@ class Transformer(nnx.Module):
         turns = rotations(self.config, jnp.arange(streams[0].shape[1]))
         xs, layers, stats = embedded, [], [None] * len(streams)
         if self.config.num_dense_layers:
-            xs, (outputs, _) = _scan(self.dense_layers, xs, None, turns, exchange, recompute)
+            xs, (outputs, _) = _scan(self.dense_layers, xs, None, turns, exchange, recompute, unroll_layers)
             layers.append(outputs)
         if self.config.num_moe_layers:
             bias = router_bias["moe_layers"]
-            xs, (outputs, stats) = _scan(self.moe_layers, xs, bias, turns, exchange, recompute)
+            xs, (outputs, stats) = _scan(self.moe_layers, xs, bias, turns, exchange, recompute, unroll_layers)
             layers.append(outputs)
         return [
             TrunkOutput(self.final_norm(x), embedded[i], tuple(outputs[i] for outputs in layers), stats[i])
@@ -275,12 +278,13 @@ def _split(stacked: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def recomputed(body: Callable, recompute: Recompute) -> Callable:
+def recomputed(body: Callable, recompute: Recompute, in_loop: bool = True) -> Callable:
     """`body`, whose backward pass computes again what the policy says."""
     if recompute == "none":
         return body
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT) if recompute == "report" else None
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    # Outside of a loop the compiler would see that the same was computed before, and keep that.
+    return jax.checkpoint(body, policy=policy, prevent_cse=not in_loop)
 
 
 def _scan(
@@ -290,6 +294,7 @@ def _scan(
     turns: Rotations,
     exchange: Exchange,
     recompute: Recompute,
+    unroll_layers: int,
 ) -> tuple[list[Array], tuple[list[Array], list[MoEStats | None]]]:
     """Run stacked layers one after the other on microbatches side by side; returns the last outputs and, stacked, every
     output and statistics."""
@@ -303,4 +308,5 @@ def _scan(
         ys, stats = zip(*(module(x, turns, layer_bias, exchange) for x in xs), strict=True)
         return list(ys), (list(ys), list(stats))
 
-    return jax.lax.scan(recomputed(layer, recompute), list(xs), (params, bias))
+    straight = len(jax.tree.leaves(params)[0]) <= unroll_layers
+    return jax.lax.scan(recomputed(layer, recompute, not straight), list(xs), (params, bias), unroll=straight or 1)

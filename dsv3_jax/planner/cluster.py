@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from dsv3_jax.config import BatchConfig, Config, ConfigError, ModelConfig
+from dsv3_jax.ops.chunk import chunk_tokens
 from dsv3_jax.parallel.expert import most_nodes
 from dsv3_jax.parallel.schedule import Op, Schedule, make
 from dsv3_jax.parallel.simulate import ChunkTimes, Timeline, peak_activations, simulate, simulate_lockstep
@@ -240,8 +241,8 @@ class ClusterPlan:
 
     def _buffers(self, rank: int) -> float:
         """Of a layer that runs forward while another runs backward: received rows beyond a balanced load, rows between
-        two links, experts' values and their gradients, queries, keys and values; and the logits of 1024 tokens with
-        their gradient."""
+        two links, experts' values and their gradients, queries, keys and values; and a chunk's logits with their
+        gradient."""
         model, stages = self.config.model, [self.stages[chunk] for chunk in self.schedule.chunks(rank)]
         factor = self.config.parallel.expert_buffer_factor
         row = 2 * (3 * model.d_model + 3 * 2 * model.d_ff_expert)
@@ -249,7 +250,7 @@ class ClusterPlan:
         rows = rows if any(stage.exchanges for stage in stages) else 0
         attention = self.tokens * 2 * 2 * model.num_heads * (2 * model.qk_head_dim + model.v_head_dim)
         has_head = any("head" in part.name or "MTP" in part.name for stage in stages for part in stage.parts)
-        logits = 2 * 4 * min(1024, self.tokens) * model.vocab_size if has_head else 0
+        logits = 2 * 4 * min(chunk_tokens(model.vocab_size), self.tokens) * model.vocab_size if has_head else 0
         return rows + attention + logits
 
 

@@ -46,12 +46,13 @@ def training_loss(
     weights: LossWeights,
     exchange: Exchange,
     recompute: Recompute = "none",
+    unroll_layers: int = 1,
 ) -> tuple[Float[Array, ""], LossReport]:
     """The scalar to differentiate, as this device's mean, and its parts. In nats a token.
 
     Every sequence predicts its tokens from the second on; MTP depth k those from the (k + 3)rd on.
     """
-    return training_losses(model, [tokens], router_bias, weights, exchange, recompute)
+    return training_losses(model, [tokens], router_bias, weights, exchange, recompute, unroll_layers)
 
 
 def training_losses(
@@ -61,9 +62,10 @@ def training_losses(
     weights: LossWeights,
     exchange: Exchange,
     recompute: Recompute = "none",
+    unroll_layers: int = 1,
 ) -> tuple[Float[Array, ""], LossReport]:
     """The sums of `training_loss` over microbatches that pass the layers side by side; see `Transformer.trunks`."""
-    trunks = model.trunks(streams, router_bias, exchange, recompute)
+    trunks = model.trunks(streams, router_bias, exchange, recompute, unroll_layers)
     return losses_of(model, streams, trunks, router_bias, weights, exchange, recompute)
 
 

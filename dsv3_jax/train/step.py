@@ -124,7 +124,8 @@ def _device_step(
 
     def loss(slots: Params, streams: Int[Array, "streams batch seq"]) -> tuple[Array, LossReport]:
         model = nnx.merge(graphdef, attach_slots(compute, slots))
-        return training_losses(model, list(streams), router_bias, loss_weights, exchange, config.recompute)
+        how = config.recompute, config.unroll_layers
+        return training_losses(model, list(streams), router_bias, loss_weights, exchange, *how)
 
     if pipeline is not None:
         gradients, report = pipelined_gradients(

@@ -66,6 +66,7 @@ def our_config(task: Task, precision: str, recompute: str) -> Config:
         parallel=ParallelConfig(devices=1),
         precision=precision,
         recompute=recompute,
+        unroll_layers=task.model.num_layers,
     )
 
 

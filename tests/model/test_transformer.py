@@ -32,11 +32,12 @@ LEAN = dataclasses.replace(MODEL, q_lora_rank=None, num_shared_experts=0, num_mt
 WEIGHTS = LossWeights(jnp.float32(0.3), jnp.float32(0.01), jnp.float32(0.02))
 
 
-def loss_of(config: ModelConfig, recompute: str):
+def loss_of(config: ModelConfig, recompute: str, unroll_layers: int = 1):
     graphdef, _ = model_structure(config)
 
     def loss(params, bias, tokens):
-        return training_loss(nnx.merge(graphdef, params), tokens, bias, WEIGHTS, LocalExchange(), recompute)[0]
+        model = nnx.merge(graphdef, params)
+        return training_loss(model, tokens, bias, WEIGHTS, LocalExchange(), recompute, unroll_layers)[0]
 
     return loss
 
@@ -136,9 +137,10 @@ def stored(params, bias, tokens):
     return jax.jit(jax.value_and_grad(loss_of(MODEL, "none")))(params, bias, tokens)
 
 
-@pytest.mark.parametrize("recompute", ["report", "layer"])
-def test_recomputation_changes_neither_loss_nor_gradients(recompute, stored, params, bias, tokens):
-    loss, grads = jax.jit(jax.value_and_grad(loss_of(MODEL, recompute)))(params, bias, tokens)
+@pytest.mark.parametrize(("recompute", "unroll_layers"), [("report", 1), ("layer", 1), ("report", 9)])
+def test_recomputation_changes_neither_loss_nor_gradients(recompute, unroll_layers, stored, params, bias, tokens):
+    """Nor does it matter whether layers are a loop or straight code."""
+    loss, grads = jax.jit(jax.value_and_grad(loss_of(MODEL, recompute, unroll_layers)))(params, bias, tokens)
     np.testing.assert_allclose(loss, stored[0], rtol=1e-6)
     expected = dict(jax.tree_util.tree_leaves_with_path(stored[1]))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
@@ -155,6 +157,18 @@ def test_the_more_is_recomputed_the_less_is_kept_for_the_backward_pass(bias, tok
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], shapes)))
 
     assert kept("none") > 1.2 * kept("report") > 1.2 * 1.2 * kept("layer")
+
+
+def test_straight_code_has_no_loop_over_layers_and_keeps_recomputation_apart(bias, tokens):
+    """The compiler would take what is computed again for what was computed before."""
+    _, shapes = model_structure(MODEL)
+
+    def count(what: str, unroll_layers: int) -> int:
+        gradient = jax.jit(jax.grad(loss_of(MODEL, "report", unroll_layers)))
+        return gradient.lower(shapes, bias, tokens).as_text().count(what)
+
+    assert count("stablehlo.while", 9) <= count("stablehlo.while", 1) - 2
+    assert count("optimization_barrier", 9) > count("optimization_barrier", 1)
 
 
 @pytest.mark.parametrize("source", [*CONFIGS, LEAN], ids=lambda s: s.stem if isinstance(s, Path) else "lean")

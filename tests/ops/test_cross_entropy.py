@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.ops.chunk import chunk_tokens
 from dsv3_jax.ops.cross_entropy import chunked_cross_entropy
 from dsv3_jax.ops.weights import MixedWeight
 
@@ -100,6 +101,12 @@ def test_all_logits_never_exist_at_once(operands, computed_shapes):
     assert largest_logits(forward) == 16 * VOCAB
     assert largest_logits(gradient) == 16 * VOCAB
     assert largest_logits(lambda h, w: naive(h, w, labels, weights)) == TOKENS * VOCAB
+
+
+@pytest.mark.parametrize("vocab", [300, 32000, 129280, 10**9])
+def test_a_chunks_logits_take_at_most_half_a_gib(vocab):
+    chunk = chunk_tokens(vocab)
+    assert chunk == 1 or chunk * vocab * 4 <= 2**29 < (chunk + 128) * vocab * 4
 
 
 def test_bf16_head_gets_the_float32_gradient(operands):

@@ -294,6 +294,7 @@ def attention_backward(
         grid_names=("tile",),
         num_threads=workers + 1,
         thread_name="wg",
+        kernel_name="attention_backward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )

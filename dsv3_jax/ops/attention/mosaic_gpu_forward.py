@@ -259,6 +259,7 @@ def attention_forward(
         grid_names=("sm",),
         num_threads=workers + 1,
         thread_name="wg",
+        kernel_name="attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )

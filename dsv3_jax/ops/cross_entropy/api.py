@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.chunk import chunk_tokens
 from dsv3_jax.ops.products import matmul_f32, transposed_matmul_f32
 from dsv3_jax.ops.weights import MixedWeight, Weight
 
@@ -27,14 +28,16 @@ def chunked_cross_entropy(
     head: Weight,
     labels: Int[Array, " tokens"],
     token_weights: Float[Array, " tokens"],
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> CrossEntropy:
     """Weighted sum of -log softmax(hidden @ head)[label], float32; head is [d_model, vocab].
 
-    Only [chunk, vocab] logits exist at a time. The gradient of a `MixedWeight` head is float32.
+    Only [chunk, vocab] logits exist at a time; None takes `chunk_tokens`. The gradient of a `MixedWeight` head is
+    float32.
     """
     tokens = hidden.shape[0]
-    chunk = min(chunk, tokens)
+    value, slot = (head.value, head.slot) if isinstance(head, MixedWeight) else (head.astype(hidden.dtype), head)
+    chunk = min(chunk or chunk_tokens(value.shape[1]), tokens)
     chunks = -(-tokens // chunk)
     pad = chunks * chunk - tokens
 
@@ -42,7 +45,6 @@ def chunked_cross_entropy(
         padded = jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1)))
         return padded.reshape(chunks, chunk, *x.shape[1:])
 
-    value, slot = (head.value, head.slot) if isinstance(head, MixedWeight) else (head.astype(hidden.dtype), head)
     loss, correct = _cross_entropy(split(hidden), value, slot, split(labels), split(token_weights))
     return CrossEntropy(loss, correct)
 
