@@ -76,10 +76,8 @@ class Functions(NamedTuple):
     """Jitted; all take the compute copy of the weights first."""
 
     forward: Callable[[Sequence[Params], Array], Pass]
-    backward: Callable[[Sequence[Params], Kept, Array], Any]
-    """Gradients of the weights and of the input, from that of the output."""
     pair: Callable[[Sequence[Params], Array, Kept, Array], tuple[Pass, Any]]
-    """The forward of one microbatch and the backward of another."""
+    """The forward of one microbatch, and the gradients of weights and input of another from that of its output."""
 
 
 def share_functions(share: Share) -> Functions:
@@ -110,7 +108,7 @@ def share_functions(share: Share) -> Functions:
     def pair(compute: Sequence[Params], x: Array, kept: Kept, dy: Array) -> tuple[Pass, Any]:
         return forward(compute, x), backward(compute, kept, dy)
 
-    return Functions(*map(jax.jit, (forward, backward, pair)))
+    return Functions(jax.jit(forward), jax.jit(pair))
 
 
 def _keep(pullback: Callable, compute: Sequence[Params]) -> Kept:

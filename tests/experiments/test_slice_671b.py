@@ -117,7 +117,7 @@ def test_report_makes_a_table_a_device_and_a_picture(modules, model, tmp_path, c
     table = classes.rows(kernels(), 1, share, load_device("h100"))
     measured = {
         "device": "a GPU", "device_file": "H100", "jax": "0", "rows": [vars(row) for row in table],
-        "milliseconds": {"pair": [20.0, 12.0, 13.0], "forward": [5.0], "backward": [8.0]},
+        "milliseconds": {"pair": [20.0, 12.0, 13.0], "forward": [5.0]},
     }  # fmt: skip
     (tmp_path / "measured.json").write_text(json.dumps(measured))
     run.report(tmp_path / "measured.json")

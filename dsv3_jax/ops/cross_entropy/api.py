@@ -58,7 +58,8 @@ def _chunk_loss(h: Array, head: Array, labels: Array, weights: Array) -> tuple[A
     label_logit = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     loss = (top + jnp.log(total))[:, 0] - label_logit
     correct = label_logit >= top[:, 0]
-    d_logits = (exps * (weights[:, None] / total)).at[jnp.arange(len(labels)), labels].add(-weights)
+    is_label = labels[:, None] == jnp.arange(logits.shape[1])  # a scatter would write all of it once more
+    d_logits = exps * (weights[:, None] / total) - jnp.where(is_label, weights[:, None], 0)
     return (loss * weights).sum(), (correct * weights).sum(), d_logits
 
 
