@@ -48,6 +48,10 @@ class RMSNorm(nnx.Module):
         """The normed x as a projection reads it: in FP8 tiles where its kernel is in FP8."""
         return rms_norm_fp8(x, self.scale.get_value(), self.eps) if linear.is_fp8 else self(x)
 
+    def to_travel(self, x: Float[Array, "*batch width"]) -> FP8Rows:
+        """The normed x in 16 bits, and in FP8 tiles with the power-of-two scales of what other devices read."""
+        return rms_norm_fp8(x, self.scale.get_value(), self.eps, power_of_2=True, keep=True)
+
 
 def swiglu(gate_up: Float[Array, "*batch two_ff"]) -> Float[Array, "*batch ff"]:
     """silu(gate) * up, of the two halves of the last axis, computed in float32."""

@@ -13,7 +13,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import FeedForward, normal, swiglu
 from dsv3_jax.ops.feed_forward import Route, fp8_routed_feed_forward
 from dsv3_jax.ops.grouped_matmul import grouped_matmul
-from dsv3_jax.ops.linear import FP8Rows, quantize_input
+from dsv3_jax.ops.linear import FP8Rows
 from dsv3_jax.ops.permute import (
     Slots,
     assign_slots,
@@ -132,7 +132,7 @@ class Router(nnx.Module):
         config = self.config
         kernel = self.kernel.get_value().astype(jnp.float32)
         logits = matmul_split(x, kernel) if x.dtype == jnp.bfloat16 else jnp.matmul(x, kernel, precision="highest")
-        scores = jax.nn.sigmoid(logits)
+        scores = jax.nn.sigmoid(checkpoint_name(logits, "routing"))
         choice = jax.lax.stop_gradient(scores) + bias
         experts = checkpoint_name(select_experts(choice, config), "routing")
         weights = jnp.take_along_axis(scores, experts, axis=-1)
@@ -185,26 +185,31 @@ class MoE(nnx.Module):
             width = config.num_shared_experts * config.d_ff_expert
             self.shared = FeedForward(config.d_model, width, config.init_std, rngs)
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether its products are in FP8; then it reads `FP8Rows`, with the 16-bit source for its router."""
+        return is_fp8(self.experts.gate_up.get_value())
+
     def __call__(
         self,
-        x: Float[Array, "batch seq d_model"],
+        x: Float[Array, "batch seq d_model"] | FP8Rows,
         bias: Float[Array, " experts"],
         exchange: Exchange,
         counted: Bool[Array, " seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], MoEStats]:
         """The layer's output and its statistics, over the positions that are `counted` (None: all)."""
         config = self.config
-        routing = self.router(x, bias)
-        fp8 = is_fp8(self.experts.gate_up.get_value())
+        source = x.source if self.is_fp8 else x
+        routing = self.router(source, bias)
         # FP8 weight gradients reduce tiles of 128 rows: each must lie within one expert.
         experts = routing.experts.reshape(-1, config.top_k)
-        route, overflow = exchange.route(experts, config.num_experts, TILE if fp8 else None)
-        flat = x.reshape(-1, config.d_model)
-        flat = quantize_input(flat, power_of_2=True) if fp8 else flat
+        route, overflow = exchange.route(experts, config.num_experts, TILE if self.is_fp8 else None)
+        rows = source.reshape(-1, config.d_model)
+        flat = FP8Rows(x.tiles, rows) if self.is_fp8 else rows
         y = self.experts(flat, routing.weights.reshape(-1, config.top_k), route)
         if config.num_shared_experts:
             y = y + self.shared(flat)
-        y = y.reshape(x.shape)
+        y = y.reshape(source.shape)
         return y, moe_stats(routing, overflow, config, exchange, counted)
 
 

@@ -58,7 +58,8 @@ class DecoderLayer(nnx.Module):
         """The second half of the layer."""
         if not self.is_moe:
             return x + self.ffn(self.ffn_norm.into(self.ffn.gate_up, x)), None
-        y, stats = self.ffn(self.ffn_norm(x), bias, exchange, counted)
+        normed = self.ffn_norm.to_travel(x) if self.ffn.is_fp8 else self.ffn_norm(x)
+        y, stats = self.ffn(normed, bias, exchange, counted)
         return x + y, stats
 
     def decode(

@@ -52,7 +52,7 @@ def test_blocks(dtype):
 def test_rms_norm(shape):
     x, gain = jnp.asarray(expected.wide(3, shape)), jnp.asarray(expected.wide(4, shape[1:], np.float32))
     normed, tiles = quantize.rms_norm_quantize(x, gain, 1e-6, **KERNEL)
-    theirs, _ = quantize.rms_norm_quantize(x, gain, 1e-6, "reference")
+    theirs, _ = quantize.rms_norm_quantize(x, gain, 1e-6, implementation="reference")
     np.testing.assert_allclose(normed.astype(np.float32), theirs.astype(np.float32), rtol=2.0**-7)
     expected.assert_tiled(tiles, expected.rows(normed))
 

@@ -136,6 +136,9 @@ def test_kernel_of_rms_norm(d):
     reference_normed, _ = jax.jit(jnp_reference.rms_norm_quantize)(x, gain, 1e-6)
     np.testing.assert_allclose(normed.astype(np.float32), reference_normed.astype(np.float32), rtol=2.0**-7)
     expected.assert_tiled(tiles, expected.rows(normed))  # of its own rounded result, exactly
+    nothing, alone = mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6, power_of_2=True, keep=False, **INTERPRET)
+    assert nothing is None
+    expected.assert_tiled(alone, expected.rows(normed, power_of_2=True))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -221,7 +224,9 @@ def test_implementations_are_named_and_refused():
     with pytest.raises(NotImplementedError, match="takes bfloat16, not float32"):
         quantize.quantize_both(x.astype(jnp.float32), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="do not fit"):
-        quantize.rms_norm_quantize(jnp.ones((4, 20480), jnp.bfloat16), jnp.ones(20480), 1e-6, "mosaic_gpu")
+        quantize.rms_norm_quantize(
+            jnp.ones((4, 20480), jnp.bfloat16), jnp.ones(20480), 1e-6, implementation="mosaic_gpu"
+        )
 
 
 def test_quotients_are_the_nearest_whatever_the_division_gives():

@@ -25,7 +25,7 @@ class FP8Rows:
     tiles: Tiled
     """[rows, k], the batch dimensions flattened."""
     source: Float[Array, "*batch k"]
-    """What the tiles were made of. A linear never reads it; the gradient of the input lands in it."""
+    """What the tiles were made of, or what stands in for it. A linear never reads it; its gradient is the input's."""
 
 
 def quantize_input(x: Float[Array, "*batch k"], power_of_2: bool = False) -> FP8Rows:

@@ -61,14 +61,19 @@ def retile(x: Tiled, implementation: Implementation | None = None) -> Tiled:
 
 
 def rms_norm_quantize(
-    x: Float[Array, "rows d"], gain: Float[Array, " d"], eps: float, implementation: Implementation | None = None
-) -> tuple[Float[Array, "rows d"], Tiled]:
-    """RMSNorm of the rows in the type of x, and that in 1x128 tiles."""
+    x: Float[Array, "rows d"],
+    gain: Float[Array, " d"],
+    eps: float,
+    power_of_2: bool = False,
+    keep: bool = True,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "rows d"] | None, Tiled]:
+    """RMSNorm of the rows in the type of x, where it is to `keep`, and that in 1x128 tiles."""
     d = x.shape[1]
     width = _width(d, 2 * TILE) or _fits(d)
     if not _takes_kernel(implementation, _type(x), _rows(x, mosaic_gpu_norm.ROWS), width):
-        return reference.rms_norm_quantize(x, gain, eps)
-    return mosaic_gpu_norm.rms_norm_quantize(x, gain, eps)
+        return reference.rms_norm_quantize(x, gain, eps, power_of_2, keep)
+    return mosaic_gpu_norm.rms_norm_quantize(x, gain, eps, power_of_2, keep)
 
 
 def swiglu_quantize(

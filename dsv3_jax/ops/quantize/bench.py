@@ -40,7 +40,7 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Callable, Callable]]:
             yield name, shape, partial(_implemented, getattr(api, name)), partial(_matrix, shape)
         yield "retile", shape, partial(_implemented, api.retile), partial(_tiles, shape)
     for shape in NORM_SHAPES:
-        norm = lambda implementation, x, gain: api.rms_norm_quantize(x, gain, 1e-6, implementation)  # noqa: E731
+        norm = lambda implementation, x, gain: api.rms_norm_quantize(x, gain, 1e-6, implementation=implementation)  # noqa: E731
         yield "rms_norm_quantize", shape, norm, partial(_norm_inputs, shape)
     for shape in SWIGLU_SHAPES:
         yield "swiglu_quantize", shape, partial(_implemented, api.swiglu_quantize), partial(_swiglu_inputs, shape)

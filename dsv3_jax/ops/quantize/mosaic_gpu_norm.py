@@ -32,16 +32,18 @@ def _chunk(d: int) -> int:
     return max(n for n in (2, 4) if d // TILE % n == 0)
 
 
-@lowered_once("eps", "blocks", "interpret")
+@lowered_once("eps", "power_of_2", "keep", "blocks", "interpret")
 def rms_norm_quantize(
     x: BFloat16[Array, "rows d"],
     gain: Float[Array, " d"],
     eps: float,
+    power_of_2: bool = False,
+    keep: bool = True,
     *,
     blocks: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[BFloat16[Array, "rows d"], Tiled]:
-    """The rows over their root mean square, times the gain, in BF16 and in 1x128 tiles.
+) -> tuple[BFloat16[Array, "rows d"] | None, Tiled]:
+    """The rows over their root mean square, times the gain, in BF16 where they are to `keep`, and in 1x128 tiles.
 
     Each warpgroup has four whole rows in shared memory at a time, one per warp, and its own fetches. It normalizes them
     in place, some tiles after the other, and writes while it goes on. While it waits for rows, the other warpgroups of
@@ -57,7 +59,8 @@ def rms_norm_quantize(
     if blocks is None:
         blocks = MULTIPROCESSORS * min(4, SHARED_MEMORY // _shared_bytes(d, warpgroups(d)))
 
-    def kernel(x_g, gain_g, normed_g, values_g, scales_g, x_s, gain_s, values_s, fetched, gain_fetched):
+    def kernel(x_g, gain_g, *refs):
+        *normed_g, values_g, scales_g, x_s, gain_s, values_s, fetched, gain_fetched = refs
         warpgroup = lax.axis_index("warpgroup")
         x_s, values_s, fetched = x_s.at[warpgroup], values_s.at[warpgroup], fetched.at[warpgroup]
         pl.when(warpgroup == 0)(lambda: plgpu.copy_gmem_to_smem(gain_g, gain_s, gain_fetched))
@@ -90,14 +93,16 @@ def rms_norm_quantize(
                 part = part * lax.broadcast_in_dim(root, part.shape, [1])
                 chunk_gain = plgpu.load(gain_s.at[tiles_of(n)], layout=layout.reduce(1), optimized=False)
                 part = (part * lax.broadcast_in_dim(chunk_gain, part.shape, [0, 2])).astype(x.dtype)
-                values, scales = quantize_tile(part.astype(jnp.float32))
+                values, scales = quantize_tile(part.astype(jnp.float32), power_of_2)
                 scales_g[tiles_of(n), mine] = scales
                 buffer = values_s.at[lax.rem(n, jnp.int32(2))]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                _tiles_first(x_s.at[n])[...] = part
+                if keep:
+                    _tiles_first(x_s.at[n])[...] = part
                 _tiles_first(buffer)[...] = values
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(x_s.at[n], normed_g.at[mine, tiles_of(n)], commit_group=False)
+                if keep:
+                    plgpu.copy_smem_to_gmem(x_s.at[n], normed_g[0].at[mine, tiles_of(n)], commit_group=False)
                 plgpu.copy_smem_to_gmem(buffer, values_g.at[mine, tiles_of(n)])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -105,7 +110,7 @@ def rms_norm_quantize(
         plgpu.wait_smem_to_gmem(0)
 
     cube = (rows, tiles, TILE)
-    normed, values, scales = launch(
+    *normed, values, scales = launch(
         "rms_norm_quantize",
         kernel,
         [x.reshape(cube), gain.astype(jnp.float32).reshape(tiles, TILE)],
@@ -113,7 +118,7 @@ def rms_norm_quantize(
         warpgroups=warpgroups(d),
         interpret=interpret,
         out_type=[
-            jax.ShapeDtypeStruct(cube, x.dtype),
+            *([jax.ShapeDtypeStruct(cube, x.dtype)] if keep else []),
             jax.ShapeDtypeStruct(cube, E4M3),
             jax.ShapeDtypeStruct((tiles, rows), jnp.float32),
         ],
@@ -125,7 +130,7 @@ def rms_norm_quantize(
             plgpu.Barrier(),
         ],
     )
-    return normed.reshape(rows, d), Tiled(values.reshape(rows, d), scales)
+    return normed[0].reshape(rows, d) if keep else None, Tiled(values.reshape(rows, d), scales)
 
 
 def _tiles_first(ref: jax.Ref) -> jax.Ref:

@@ -121,13 +121,13 @@ def dequantize_e5m6(values: Float16[Array, "rows k"], scales: Float[Array, "tile
 
 
 def rms_norm_quantize(
-    x: Float[Array, "rows d"], gain: Float[Array, " d"], eps: float
-) -> tuple[Float[Array, "rows d"], Tiled]:
-    """x over its root mean square, times the gain, in the type of x; and that in 1x128 tiles."""
+    x: Float[Array, "rows d"], gain: Float[Array, " d"], eps: float, power_of_2: bool = False, keep: bool = True
+) -> tuple[Float[Array, "rows d"] | None, Tiled]:
+    """x over its root mean square, times the gain, in the type of x, where it is to `keep`; and that in 1x128 tiles."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * gain
     normed = normed.astype(x.dtype)
-    return normed, quantize_rows(normed)
+    return normed if keep else None, quantize_rows(normed, power_of_2)
 
 
 def swiglu_quantize(hidden: Float[Array, "rows two_ff"], weights: Float[Array, " rows"] | None) -> tuple[Tiled, Tiled]:
