@@ -72,4 +72,5 @@ def config() -> Config:
         output_dir="runs/moe_16b",
         resume="auto",
         precision="bf16",
+        unroll_layers=32,
     )

@@ -70,4 +70,5 @@ def config() -> Config:
         steps=steps,
         output_dir="runs/small",
         precision="bf16",
+        unroll_layers=32,
     )
