@@ -25,6 +25,7 @@ from dsv3_jax.ops.permute import (
 )
 from dsv3_jax.ops.products import matmul_split
 from dsv3_jax.ops.quantize import TILE
+from dsv3_jax.ops.top_k import grouped_top_k
 from dsv3_jax.ops.weights import is_fp8
 
 
@@ -142,14 +143,8 @@ class Router(nnx.Module):
 
 
 def select_experts(choice: Float[Array, "*batch experts"], config: ModelConfig) -> Int[Array, "*batch top_k"]:
-    """The top_k experts of the top_k_groups groups whose two best experts sum highest; ties go to the lower index."""
-    if config.top_k_groups < config.num_groups:
-        groups = choice.reshape(*choice.shape[:-1], config.num_groups, -1)
-        group_score = jax.lax.top_k(groups, 2)[0].sum(axis=-1)
-        kept = jax.lax.top_k(group_score, config.top_k_groups)[1]
-        reachable = (kept[..., None] == jnp.arange(config.num_groups)).any(axis=-2)
-        choice = jnp.where(reachable[..., None], groups, -jnp.inf).reshape(choice.shape)
-    return jax.lax.top_k(choice, config.top_k)[1]
+    """The experts of each token; see `grouped_top_k`."""
+    return grouped_top_k(choice, config.top_k, config.num_groups, config.top_k_groups)
 
 
 class Experts(nnx.Module):
@@ -229,7 +224,7 @@ def moe_stats(
     counted = jnp.ones(seq, bool) if counted is None else counted
     length = counted.sum()
     load = _count(routing.experts, config.num_experts, counted).sum(axis=0)
-    unbiased = jax.lax.top_k(jax.lax.stop_gradient(routing.scores), config.top_k)[1]
+    unbiased = grouped_top_k(jax.lax.stop_gradient(routing.scores), config.top_k)
     counts = _count(unbiased, config.num_experts, counted).astype(jnp.float32)
     share = routing.scores / routing.scores.sum(axis=-1, keepdims=True)
     probability = jnp.where(counted[:, None], share, 0).sum(axis=1) / length
