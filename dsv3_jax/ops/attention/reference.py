@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops.products import matmul_f32, transposed_matmul_f32
 
 _BLOCK = 512
-_SHORTEST_BLOCK = 128
+_SHORTEST_BLOCK = 64
 
 Inputs = tuple[Array, Array, Array]
 
