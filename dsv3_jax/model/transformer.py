@@ -25,6 +25,10 @@ Recompute = Literal["none", "report", "layer"]
 _KEPT = ("latent", "attention", "residual", "ffn", "dispatched", "routing")
 
 
+# Stacks of so few layers become straight code on a CPU; deeper ones loop, so that compilation takes no longer.
+_MOST_UNROLLED = 4
+
+
 class DecoderLayer(nnx.Module):
     """Pre-normalized MLA and feed-forward, each added to the residual stream."""
 
@@ -159,7 +163,8 @@ class Transformer(nnx.Module):
         that the exchange of one can run beside the products of another."""
         exchange = exchange or LocalExchange()
         embedded = [self.embed(tokens) for tokens in streams]
-        turns = rotations(self.config, jnp.arange(streams[0].shape[1]))
+        # Written once: where layers are straight code, XLA would compute a sine for every head and sequence.
+        turns = jax.lax.optimization_barrier(rotations(self.config, jnp.arange(streams[0].shape[1])))
         xs, layers, stats = embedded, [], [None] * len(streams)
         if self.config.num_dense_layers:
             xs, (outputs, _) = _scan(self.dense_layers, xs, None, turns, exchange, recompute)
@@ -303,4 +308,6 @@ def _scan(
         ys, stats = zip(*(module(x, turns, layer_bias, exchange) for x in xs), strict=True)
         return list(ys), (list(ys), list(stats))
 
-    return jax.lax.scan(recomputed(layer, recompute), list(xs), (params, bias))
+    # A loop copies all that the backward pass keeps into stacks and out again: on a CPU, a tenth of the step.
+    few = len(jax.tree.leaves(params)[0]) <= _MOST_UNROLLED and jax.default_backend() == "cpu"
+    return jax.lax.scan(recomputed(layer, recompute), list(xs), (params, bias), unroll=few or 1)
