@@ -62,4 +62,5 @@ def config() -> Config:
         steps=steps,
         output_dir="runs/tiny",
         precision="bf16",
+        unroll_layers=4,
     )

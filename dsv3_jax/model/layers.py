@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from dsv3_jax.ops.feed_forward import fp8_feed_forward
 from dsv3_jax.ops.linear import FP8Rows, linear
 from dsv3_jax.ops.rms_norm import rms_norm, rms_norm_fp8
+from dsv3_jax.ops.swiglu import swiglu
 from dsv3_jax.ops.weights import is_fp8
 
 
@@ -51,12 +52,6 @@ class RMSNorm(nnx.Module):
     def to_travel(self, x: Float[Array, "*batch width"]) -> FP8Rows:
         """The normed x in 16 bits, and in FP8 tiles with the power-of-two scales of what other devices read."""
         return rms_norm_fp8(x, self.scale.get_value(), self.eps, power_of_2=True, keep=True)
-
-
-def swiglu(gate_up: Float[Array, "*batch two_ff"]) -> Float[Array, "*batch ff"]:
-    """silu(gate) * up, of the two halves of the last axis, computed in float32."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate_up.dtype)
 
 
 class FeedForward(nnx.Module):

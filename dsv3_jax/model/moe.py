@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import FeedForward, normal, swiglu
+from dsv3_jax.model.layers import FeedForward, normal
 from dsv3_jax.ops.feed_forward import Route, fp8_routed_feed_forward
 from dsv3_jax.ops.grouped_matmul import grouped_matmul
 from dsv3_jax.ops.linear import FP8Rows
@@ -25,6 +25,7 @@ from dsv3_jax.ops.permute import (
 )
 from dsv3_jax.ops.products import matmul_split
 from dsv3_jax.ops.quantize import TILE
+from dsv3_jax.ops.swiglu import swiglu
 from dsv3_jax.ops.top_k import grouped_top_k
 from dsv3_jax.ops.weights import is_fp8
 
@@ -165,8 +166,7 @@ class Experts(nnx.Module):
         rows = route.dispatch(x)
         hidden = checkpoint_name(grouped_matmul(rows, gate_up, route.tile_group), "ffn")
         row_weights = route.dispatch_choices(weights)[:, None]
-        weighted = (swiglu(hidden).astype(jnp.float32) * row_weights).astype(rows.dtype)
-        return route.combine(grouped_matmul(weighted, down, route.tile_group))
+        return route.combine(grouped_matmul(swiglu(hidden, row_weights), down, route.tile_group))
 
 
 class MoE(nnx.Module):

@@ -163,7 +163,8 @@ class Transformer(nnx.Module):
         that the exchange of one can run beside the products of another."""
         exchange = exchange or LocalExchange()
         embedded = [self.embed(tokens) for tokens in streams]
-        turns = rotations(self.config, jnp.arange(streams[0].shape[1]))
+        # Written once: where layers are straight code, XLA would compute a sine for every head and sequence.
+        turns = jax.lax.optimization_barrier(rotations(self.config, jnp.arange(streams[0].shape[1])))
         xs, layers, stats = embedded, [], [None] * len(streams)
         if self.config.num_dense_layers:
             xs, (outputs, _) = _scan(self.dense_layers, xs, None, turns, exchange, recompute, unroll_layers)
@@ -309,5 +310,6 @@ def _scan(
         ys, stats = zip(*(module(x, turns, layer_bias, exchange) for x in xs), strict=True)
         return list(ys), (list(ys), list(stats))
 
+    # A loop copies all that the backward pass keeps into stacks and out again.
     straight = len(jax.tree.leaves(params)[0]) <= unroll_layers
     return jax.lax.scan(recomputed(layer, recompute, not straight), list(xs), (params, bias), unroll=straight or 1)

@@ -10,8 +10,10 @@ from dsv3_jax.ops.linear.fp8 import FP8Rows
 from dsv3_jax.ops.quantize import Tiled, rms_norm_quantize
 
 
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:
-    """x over its root mean square, times the gain, computed in float32, in the type of x."""
+    """x over its root mean square, times the gain, computed in float32, in the type of x. The backward pass keeps x and
+    computes all else again (report 3.2.3)."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * inverse * gain).astype(x.dtype)

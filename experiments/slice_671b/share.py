@@ -16,6 +16,7 @@ from dsv3_jax.model.moe import LocalExchange, Router, sort_by_group
 from dsv3_jax.model.rope import rotations
 from dsv3_jax.model.transformer import DecoderLayer, Recompute, recomputed
 from dsv3_jax.ops.feed_forward import Route
+from dsv3_jax.ops.rotary import Rotations
 from dsv3_jax.ops.weights import Params, attach_slots, cast_weights, gradient_slots
 
 
@@ -84,15 +85,15 @@ def share_functions(share: Share) -> Functions:
     """Of the layers in a row, none scanned: each has weights and gradients of its own, as on a pipeline rank."""
     graphdef = nnx.split(nnx.eval_shape(lambda: DecoderLayer(share.model, True, nnx.Rngs(0))))[0]
     exchange = EvenExchange(share.local_experts)
-    turns = partial(rotations, share.model, jnp.arange(share.seq_len))
     bias = jnp.zeros(share.model.num_experts, jnp.float32)
 
-    def layer(params: Params, x: Array) -> Array:
-        return nnx.merge(graphdef, params)(x, turns(), bias, exchange)[0]
+    def layer(params: Params, x: Array, turns: Rotations) -> Array:
+        return nnx.merge(graphdef, params)(x, turns, bias, exchange)[0]
 
     def layers(compute: Sequence[Params], slots: Sequence[Params], x: Array) -> Array:
+        turns = jax.lax.optimization_barrier(rotations(share.model, jnp.arange(share.seq_len)))
         for weights in map(attach_slots, compute, slots):
-            x = recomputed(layer, share.recompute)(weights, x)
+            x = recomputed(layer, share.recompute)(weights, x, turns)
         return x
 
     def forward(compute: Sequence[Params], x: Array) -> Pass:

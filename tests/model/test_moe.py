@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import swiglu
 from dsv3_jax.model.moe import LocalExchange, MoE, MoEStats, Router, Routing, moe_stats, select_experts
+from dsv3_jax.ops.swiglu import swiglu
 
 SIZES = {"d_model": 12, "num_experts": 12, "d_ff_expert": 8, "num_layers": 2, "init_std": 0.3}
 GROUPED = ModelConfig(**SIZES, num_groups=4, top_k_groups=2, top_k=4)

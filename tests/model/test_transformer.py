@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxpr_equations import equations
 
 from dsv3_jax.config import ModelConfig, YarnConfig
 from dsv3_jax.model.attention import LatentCache
@@ -194,6 +195,16 @@ def test_the_compiled_gradient_does_not_grow_with_the_depth(tokens):
         compiled = jax.jit(jax.grad(loss_of(config, "report"))).lower(shapes, bias, tokens).compile()
         return len(re.findall(r"^\s*(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE))
 
-    shallow, deep = instructions(4), instructions(32)
+    shallow, deep = instructions(8), instructions(32)
     assert shallow > 1000
     assert deep / shallow < 1.05
+
+
+@pytest.mark.parametrize(("layers", "straight"), [(4, True), (5, False)])
+def test_few_layers_are_straight_code_and_more_are_a_loop(tokens, layers, straight):
+    config = dataclasses.replace(MODEL, num_layers=layers, num_dense_layers=layers, num_mtp_modules=0)
+    graphdef, shapes = model_structure(config)
+    trunk = lambda params, tokens: nnx.merge(graphdef, params).trunk(tokens, {}, unroll_layers=4).hidden  # noqa: E731
+    (scan,) = (e for _, e in equations(jax.make_jaxpr(trunk)(shapes, tokens).jaxpr) if e.primitive.name == "scan")
+    assert scan.params["length"] == layers
+    assert (scan.params["unroll"] == layers) is straight

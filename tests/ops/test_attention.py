@@ -74,7 +74,7 @@ def test_no_array_of_size_seq_x_seq_is_computed(pass_, computed_shapes):
     gradient = jax.grad(lambda *inputs: blockwise(*inputs).sum(), argnums=(0, 1, 2))
     # A quarter of the score matrix at most: a block of queries against all keys.
     shapes = computed_shapes(blockwise if pass_ == "forward" else gradient, *inputs)
-    assert (1, HEADS, seq // 4, seq) in shapes
+    assert (1, HEADS, seq, seq // 4) in shapes
     assert max(int(np.prod(shape)) for shape in shapes) <= HEADS * seq * seq // 4
     full = computed_shapes(naive, *inputs)
     assert (1, HEADS, seq, seq) in full

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops.products import matmul_f32, transposed_matmul_f32
 
 _BLOCK = 512
-_SHORTEST_BLOCK = 128
+_SHORTEST_BLOCK = 64
 
 Inputs = tuple[Array, Array, Array]
 
@@ -27,11 +27,13 @@ def _blocks(seq: int) -> list[tuple[int, int]]:
 
 def _scores(
     q: Array, k: Array, segment_ids: Array | None, start: int, end: int, scale: float
-) -> Float[Array, "batch heads block keys"]:
-    scores = matmul_f32(q[:, :, start:end], jnp.swapaxes(k[:, :, :end], -1, -2))
-    hidden = jnp.arange(end) > jnp.arange(start, end)[:, None]
+) -> Float[Array, "batch heads keys block"]:
+    """Of a block of queries, keys first: so that the backward pass, whose products contract over the queries of
+    probabilities and their gradients, transposes neither."""
+    scores = matmul_f32(k[:, :, :end], jnp.swapaxes(q[:, :, start:end], -1, -2))
+    hidden = jnp.arange(end)[:, None] > jnp.arange(start, end)
     if segment_ids is not None:
-        hidden |= segment_ids[:, None, start:end, None] != segment_ids[:, None, None, :end]
+        hidden |= segment_ids[:, None, :end, None] != segment_ids[:, None, None, start:end]
     return jnp.where(hidden, -jnp.inf, scores * scale)
 
 
@@ -52,15 +54,17 @@ def _forward(
     q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float
 ) -> tuple[Array, tuple[Inputs, Array | None, Array, Array]]:
     outputs, sums = [], []
+    # A column of ones beside the values makes the weights' sum a part of their product: one pass less over all scores.
+    summed = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     for start, end in _blocks(q.shape[2]):
         scores = _scores(q, k, segment_ids, start, end, scale)
-        largest = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - largest)
-        total = weights.sum(axis=-1, keepdims=True)
-        outputs.append((matmul_f32(weights.astype(v.dtype), v[:, :, :end]) / total).astype(v.dtype))
+        largest = scores.max(axis=-2, keepdims=True)
+        weights = jnp.exp(scores - largest).astype(v.dtype)
+        weighted, total = jnp.split(transposed_matmul_f32(summed[:, :, :end], weights), [v.shape[-1]], axis=-2)
+        outputs.append(jnp.swapaxes((weighted / total).astype(v.dtype), -1, -2))
         sums.append(largest + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(outputs, axis=2), "attention")
-    log_sum_exp = checkpoint_name(jnp.concatenate(sums, axis=2), "attention")
+    log_sum_exp = checkpoint_name(jnp.concatenate(sums, axis=3), "attention")
     return out, ((q, k, v), segment_ids, out, log_sum_exp)
 
 
@@ -68,20 +72,20 @@ def _backward(
     scale: float, residuals: tuple[Inputs, Array | None, Array, Array], d_out: Float[Array, "batch heads seq v"]
 ) -> tuple[Array, Array, Array, None]:
     (q, k, v), segment_ids, out, log_sum_exp = residuals
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)[:, :, None]
     dq, dk, dv = [], jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
     for start, end in _blocks(q.shape[2]):
         block = slice(start, end)
-        probs = jnp.exp(_scores(q, k, segment_ids, start, end, scale) - log_sum_exp[:, :, block])
-        d_probs = matmul_f32(d_out[:, :, block], jnp.swapaxes(v[:, :, :end], -1, -2))
-        d_scores = (probs * (d_probs - delta[:, :, block]) * scale).astype(v.dtype)
+        probs = jnp.exp(_scores(q, k, segment_ids, start, end, scale) - log_sum_exp[..., block]).astype(v.dtype)
+        d_probs = matmul_f32(v[:, :, :end], jnp.swapaxes(d_out[:, :, block], -1, -2))
+        d_scores = (probs * (d_probs - delta[..., block]) * scale).astype(v.dtype)
         # Padded rather than added to a slice: a scatter over the whole array has an index without elements, which
         # crashes XLA's partitioner where it is hoisted out of a shard_map.
         after = ((0, 0), (0, 0), (0, q.shape[2] - end), (0, 0))
-        dv += jnp.pad(transposed_matmul_f32(probs.astype(v.dtype), d_out[:, :, block]), after)
-        dk += jnp.pad(transposed_matmul_f32(d_scores, q[:, :, block]), after)
-        dq.append(matmul_f32(d_scores, k[:, :, :end]))
-    return jnp.concatenate(dq, axis=2).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+        dv += jnp.pad(matmul_f32(probs, d_out[:, :, block]), after)
+        dk += jnp.pad(matmul_f32(d_scores, q[:, :, block]), after)
+        dq.append(jnp.swapaxes(transposed_matmul_f32(k[:, :, :end], d_scores).astype(q.dtype), -1, -2))
+    return jnp.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 blockwise_attention.defvjp(_forward, _backward)

@@ -58,8 +58,9 @@ def _chunk_loss(h: Array, head: Array, labels: Array, weights: Array) -> tuple[A
     label_logit = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     loss = (top + jnp.log(total))[:, 0] - label_logit
     correct = label_logit >= top[:, 0]
-    is_label = labels[:, None] == jnp.arange(logits.shape[1])  # a scatter would write all of it once more
-    d_logits = exps * (weights[:, None] / total) - jnp.where(is_label, weights[:, None], 0)
+    # Compared rather than added at the labels: a scatter would write the logits once more.
+    at_label = jnp.arange(logits.shape[1]) == labels[:, None]
+    d_logits = exps * (weights[:, None] / total) - jnp.where(at_label, weights[:, None], 0)
     return (loss * weights).sum(), (correct * weights).sum(), d_logits
 
 
