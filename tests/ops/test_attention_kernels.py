@@ -41,6 +41,12 @@ def output_and_gradients(attention, inputs, d_out):
     return out, *pullback(d_out)
 
 
+@jax.jit
+def exact(wide, d_out, segment_ids=None):
+    """Output and gradients of the full softmax in float32."""
+    return output_and_gradients(lambda *x: full_softmax(segment_ids, *x), wide, d_out)
+
+
 def both_passes(kernels: Kernels, inputs, d_out, segment_ids=None):
     return output_and_gradients(lambda *x: kernel_attention(*x, segment_ids, SCALE, kernels), inputs, d_out)
 
@@ -48,7 +54,7 @@ def both_passes(kernels: Kernels, inputs, d_out, segment_ids=None):
 def assert_those_of_the_full_softmax(got, inputs, d_out, segment_ids=None) -> None:
     """Norms differ by half of one percent at most: operands, probabilities and results are rounded to 2^-9 each."""
     wide = [x.astype(jnp.float32) for x in inputs]
-    expected = output_and_gradients(lambda *x: full_softmax(segment_ids, *x), wide, d_out.astype(jnp.float32))
+    expected = exact(wide, d_out.astype(jnp.float32), segment_ids)
     for name, x, e in zip(NAMES, got, expected, strict=True):
         assert x.dtype == jnp.bfloat16
         assert x.shape == e.shape
@@ -132,7 +138,8 @@ def test_the_reference_masks_segments_too():
     inputs, d_out = operands(2, 330, 2)
     wide, d_out = [x.astype(jnp.float32) for x in inputs], d_out.astype(jnp.float32)
     reference = lambda *x: causal_attention(*x, SCALE, "reference", segment_ids=ids)  # noqa: E731
-    got, expected = (output_and_gradients(f, wide, d_out) for f in (reference, lambda *x: full_softmax(ids, *x)))
+    got = jax.jit(lambda wide, d_out: output_and_gradients(reference, wide, d_out))(wide, d_out)
+    expected = exact(wide, d_out, ids)
     for name, x, e in zip(NAMES, got, expected, strict=True):
         np.testing.assert_allclose(x, e, atol=2e-5, rtol=1e-5, err_msg=name)
 
