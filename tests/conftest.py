@@ -5,6 +5,7 @@ Most of their time is compilation, of programs that run for a moment, and starti
 bytecode where the environment keeps none. The settings are in the environment, for the processes that tests start.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -17,6 +18,7 @@ os.environ.setdefault("NPROC", "16")  # threads of XLA: with few, kernels in int
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 jax.config.update("jax_num_cpu_devices", 8)
+gc.set_threshold(50_000)  # tracing makes many objects that stay: with 700, every tenth second goes to looking at them
 
 
 def pytest_configure(config):

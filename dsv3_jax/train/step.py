@@ -185,7 +185,8 @@ def _accumulate(
 
     So many microbatches run side by side as `streams` says; those that are left over run last.
     """
-    gradient = jax.grad(loss, has_aux=True)
+    # Traced once, for its shapes and for the loop.
+    gradient = jax.jit(jax.grad(loss, has_aux=True), inline=True)
     count = tokens.shape[0]
     if count <= streams:
         total = gradient(slots, tokens)

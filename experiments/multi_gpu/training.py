@@ -24,14 +24,14 @@ Configs = dict[tuple, Config]
 Programs = dict[tuple, Compiled]
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = ModelConfig(
-    vocab_size=256, d_model=128, num_layers=2, num_dense_layers=1, d_ff=128, num_heads=2, qk_nope_head_dim=64,
+    vocab_size=256, d_model=128, num_layers=2, num_dense_layers=0, d_ff=128, num_heads=2, qk_nope_head_dim=64,
     qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=None, kv_lora_rank=128, num_experts=16, num_groups=4,
-    top_k_groups=2, top_k=4, d_ff_expert=128, num_mtp_modules=1, max_length=64,
+    top_k_groups=2, top_k=4, d_ff_expert=128, num_mtp_modules=0, max_length=64,
 )  # fmt: skip
 # A model that one GPU trains in float32, with everything a step has.
 SMALL = replace(
-    TINY, vocab_size=4096, d_model=512, num_layers=4, d_ff=1024, num_heads=4, qk_nope_head_dim=128, kv_lora_rank=256,
-    num_experts=32, num_groups=8, top_k_groups=4, d_ff_expert=256, max_length=512,
+    TINY, vocab_size=4096, d_model=512, num_layers=4, num_dense_layers=1, d_ff=1024, num_heads=4, qk_nope_head_dim=128,
+    kv_lora_rank=256, num_experts=32, num_groups=8, top_k_groups=4, d_ff_expert=256, num_mtp_modules=1, max_length=512,
 )  # fmt: skip
 PROFILES = Path("runs/multi_gpu")
 """Where a profile of each training line is left."""

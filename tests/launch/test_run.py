@@ -22,8 +22,8 @@ def config():
     return Config(
         model=ModelConfig(
             vocab_size=300, d_model=16, num_layers=1, num_dense_layers=0, num_heads=1, qk_nope_head_dim=8,
-            qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=8, kv_lora_rank=8, num_experts=8, d_ff_expert=8, top_k=2,
-            num_groups=2, top_k_groups=1, num_mtp_modules=0, max_length=64, init_std=0.05,
+            qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=None, kv_lora_rank=8, num_experts=8, d_ff_expert=8, top_k=2,
+            num_groups=2, top_k_groups=1, num_mtp_modules=0, num_shared_experts=0, max_length=64, init_std=0.05,
         ),
         data=DataConfig(source={source!r}, cache_dir={cache!r}, validation_share=0.2, shuffle_rows=4, streams=4),
         batch=BatchConfig(seq_len=32, sequences=8),

@@ -189,7 +189,7 @@ def test_the_planner_counts_the_parameters_that_the_model_declares(source):
 
 def test_the_compiled_gradient_does_not_grow_with_the_depth(tokens):
     def instructions(moe_layers: int) -> int:
-        config = dataclasses.replace(MODEL, num_layers=1 + moe_layers, num_mtp_modules=1)
+        config = dataclasses.replace(MODEL, num_layers=1 + moe_layers, num_mtp_modules=0)
         _, shapes = model_structure(config)
         bias = jax.eval_shape(lambda: initial_router_bias(config))
         compiled = jax.jit(jax.grad(loss_of(config, "report"))).lower(shapes, bias, tokens).compile()

@@ -47,6 +47,12 @@ def output_and_gradients(attention, inputs, d_out):
     return out, *pullback(d_out)
 
 
+@jax.jit
+def exact(wide, d_out, segment_ids=None):
+    """Output and gradients of the full softmax in float32."""
+    return output_and_gradients(partial(expected_attention, segment_ids=segment_ids), wide, d_out)
+
+
 def both_passes(kernels: Kernels, inputs, d_out, segment_ids=None):
     return output_and_gradients(partial(kernels_attention, kernels, segment_ids=segment_ids), inputs, d_out)
 
@@ -54,9 +60,7 @@ def both_passes(kernels: Kernels, inputs, d_out, segment_ids=None):
 def assert_those_of_the_full_softmax(got, inputs, d_out, segment_ids=None) -> None:
     """Norms differ by half of one percent at most: operands, probabilities and results are rounded to 2^-9 each."""
     wide = [x.astype(jnp.float32) for x in inputs]
-    attention = partial(expected_attention, segment_ids=segment_ids)
-    expected = output_and_gradients(attention, wide, d_out.astype(jnp.float32))
-    expected = parts(NOPE, *expected)
+    expected = parts(NOPE, *exact(wide, d_out.astype(jnp.float32), segment_ids))
     for name, x in parts(NOPE, *got).items():
         assert x.dtype == jnp.bfloat16
         assert x.shape == expected[name].shape
@@ -143,8 +147,9 @@ def test_the_reference_masks_segments_too():
     ids = jnp.asarray(np.repeat([[3, 1, 7], [0, 0, 2]], [10, 118, 202], axis=1), jnp.int32)
     inputs, d_out = operands(2, 330, 2)
     wide, d_out = [x.astype(jnp.float32) for x in inputs], d_out.astype(jnp.float32)
-    both = partial(attention, implementation="reference", segment_ids=ids), partial(expected_attention, segment_ids=ids)
-    got, expected = (output_and_gradients(f, wide, d_out) for f in both)
+    reference = partial(attention, implementation="reference", segment_ids=ids)
+    got = jax.jit(lambda wide, d_out: output_and_gradients(reference, wide, d_out))(wide, d_out)
+    expected = exact(wide, d_out, ids)
     for name, x, e in zip(["out", "q", "kv", "k_rope"], got, expected, strict=True):
         np.testing.assert_allclose(x, e, atol=2e-5, rtol=1e-5, err_msg=name)
 

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 from jaxpr_equations import equations
+from random_state import random_state
 
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import make_evaluation
 
 # Experts so wide that no other array is as large as a layer's.
@@ -29,7 +29,7 @@ def evaluation(model, microbatches, **parallel):
     batch = BatchConfig(seq_len=SEQ, sequences=4 * ROWS, microbatch=ROWS)
     config = Config(model=model, batch=batch, parallel=ParallelConfig(**parallel), precision="fp32")
     mesh = make_mesh(config)
-    state = init_state(config, mesh)
+    state = random_state(config, mesh)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, (microbatches * ROWS, SEQ)).astype(np.int32)
     row_weights = rng.random(len(tokens)).astype(np.float32)

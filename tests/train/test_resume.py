@@ -19,9 +19,9 @@ from dsv3_jax.config import *
 def config():
     return Config(
         model=ModelConfig(
-            vocab_size=300, d_model=32, num_layers=2, d_ff=64, num_heads=2, qk_nope_head_dim=8, qk_rope_head_dim=8,
-            v_head_dim=8, q_lora_rank=16, kv_lora_rank=16, num_experts=16, d_ff_expert=16, max_length=64,
-            init_std=0.05,
+            vocab_size=300, d_model=32, num_layers=1, num_dense_layers=0, num_heads=2, qk_nope_head_dim=8,
+            qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=16, kv_lora_rank=16, num_experts=16, d_ff_expert=16,
+            max_length=64, init_std=0.05,
         ),
         data=DataConfig(source={source!r}, cache_dir={cache!r}, validation_share=0.2),
         batch=BatchConfig(seq_len=32, sequences=8),

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_state import random_state
 
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.ops.permute import tile_rows
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.loss import LossWeights
-from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import Knobs, make_step
 
 MODEL = ModelConfig(
@@ -44,7 +44,7 @@ def batches():
 
 def ten_steps(config):
     mesh = make_mesh(config)
-    step, state, reports = make_step(config, mesh), init_state(config, mesh), []
+    step, state, reports = make_step(config, mesh), random_state(config, mesh), []
     for tokens in batches():
         state, report = step(state, tokens, knobs())
         reports.append(jax.device_get(report))
@@ -100,7 +100,7 @@ def assert_same(a, b):
 
 def test_step_that_overflows_the_expert_buffer_changes_nothing(two_devices):
     config, mesh, step = two_devices
-    state = init_state(config, mesh)
+    state = random_state(config, mesh)
     bias = {kind: b.at[:, : MODEL.top_k].set(10.0) for kind, b in state.router_bias.items()}
     state = dataclasses.replace(state, router_bias=bias)
     before = jax.device_get(state)
@@ -116,7 +116,7 @@ def test_step_that_overflows_the_expert_buffer_changes_nothing(two_devices):
 
 def test_non_finite_step_changes_nothing(two_devices):
     config, mesh, step = two_devices
-    state = init_state(config, mesh)
+    state = random_state(config, mesh)
     # Balanced, so that only the loss is at fault.
     params = {**state.params, "head": jax.tree.map(lambda x: x.at[0, 0].set(jnp.inf), state.params["head"])}
     state = dataclasses.replace(state, params=params)

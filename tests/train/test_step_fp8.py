@@ -1,6 +1,6 @@
 """The step in FP8: what is quantized when, what is kept and what travels, and that it trains like the one in bf16."""
 
-import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from dsv3_jax.model.transformer import initial_router_bias
 from dsv3_jax.ops.weights import attach_slots, cast_weights, gradient_slots
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.loss import LossWeights, training_loss
-from dsv3_jax.train.state import init_state, model_structure
+from dsv3_jax.train.state import TrainState, abstract_state, init_state, model_structure, state_shardings
 from dsv3_jax.train.step import Knobs, make_evaluation, make_step
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
@@ -43,7 +43,7 @@ def make_config(precision: str, model: ModelConfig = MODEL, **parallel) -> Confi
 def traced(config: Config) -> list:
     mesh = make_mesh(config)
     tokens = jax.ShapeDtypeStruct((MICROBATCHES, ROWS, SEQ), jnp.int32)
-    state = jax.eval_shape(lambda: init_state(config, mesh))
+    state = abstract_state(config, mesh)
     return list(equations(jax.make_jaxpr(make_step(config, mesh))(state, tokens, KNOBS).jaxpr))
 
 
@@ -103,35 +103,48 @@ def test_no_input_of_a_linear_or_of_the_swiglu_is_kept_in_16_bits(recompute):
     assert not [shape for shape in many if shape[-1] in widths]
 
 
-def run(config: Config, steps: int) -> tuple[list, float]:
+@pytest.fixture(scope="module")
+def start():
+    """The state that every run starts from: the same on any mesh and in any precision."""
+    config = make_config("fp8")
+    return jax.device_get(init_state(config, make_mesh(config)))
+
+
+def run(config: Config, start: TrainState, steps: int) -> tuple[list, Callable]:
+    """Losses, and a function to the held-out loss afterwards."""
     rng = np.random.default_rng(0)
     frequent = rng.integers(0, config.model.vocab_size, 20)
     mesh = make_mesh(config)
-    step, state, losses = make_step(config, mesh), init_state(config, mesh), []
+    state = jax.device_put(start, state_shardings(config, mesh))
+    step, losses = make_step(config, mesh), []
     for _ in range(steps):
         tokens = frequent[rng.integers(0, 20, (MICROBATCHES, ROWS, SEQ))].astype(np.int32)
         state, report = step(state, tokens, KNOBS)
         assert report.applied
         losses.append(float(report.losses.loss))
-    held_out = make_evaluation(config, mesh)(state.params, state.router_bias, tokens[0], np.ones(ROWS, np.float32))
-    return losses, float(held_out) / ROWS
+
+    def held_out() -> float:
+        evaluate = make_evaluation(config, mesh)
+        return float(evaluate(state.params, state.router_bias, tokens[0], np.ones(ROWS, np.float32))) / ROWS
+
+    return losses, held_out
 
 
 @pytest.fixture(scope="module")
-def one_device():
-    return run(make_config("fp8"), 30)
+def one_device(start):
+    return run(make_config("fp8"), start, 30)
 
 
-def test_thirty_steps_in_fp8_give_the_losses_of_bf16(one_device):
-    (losses, held_out), (expected, expected_held_out) = one_device, run(make_config("bf16"), 30)
+def test_thirty_steps_in_fp8_give_the_losses_of_bf16(one_device, start):
+    (losses, held_out), (expected, expected_held_out) = one_device, run(make_config("bf16"), start, 30)
     assert losses[-1] < losses[0] - 0.5
     np.testing.assert_allclose(losses, expected, rtol=0.005)
-    np.testing.assert_allclose(held_out, expected_held_out, rtol=0.005)
+    np.testing.assert_allclose(held_out(), expected_held_out(), rtol=0.005)
 
 
-def test_a_mesh_gives_the_losses_of_one_device(one_device):
-    config = dataclasses.replace(make_config("fp8", devices=8, data=2, node=2, gpu=2, expert_buffer_factor=4.0))
-    losses, _ = run(config, 6)
+def test_a_mesh_gives_the_losses_of_one_device(one_device, start):
+    config = make_config("fp8", devices=8, data=2, node=2, gpu=2, expert_buffer_factor=4.0)
+    losses, _ = run(config, start, 6)
     # Not to float32's last bits: tiles of a weight gradient run along tokens, and each device has other tokens side
     # by side, so that their scales differ; an expert's rows come in another order.
     np.testing.assert_allclose(losses, one_device[0][:6], rtol=2e-3)
