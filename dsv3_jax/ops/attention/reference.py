@@ -72,6 +72,8 @@ def _backward(
     scale: float, residuals: tuple[Inputs, Array | None, Array, Array], d_out: Float[Array, "batch heads seq v"]
 ) -> tuple[Array, Array, Array, None]:
     (q, k, v), segment_ids, out, log_sum_exp = residuals
+    # Where forward and backward are one piece of code, XLA would find the scores equal, and keep them all.
+    q = jax.lax.optimization_barrier(q)
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)[:, :, None]
     dq, dk, dv = [], jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
     for start, end in _blocks(q.shape[2]):
