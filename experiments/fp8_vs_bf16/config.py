@@ -49,7 +49,6 @@ def tiny() -> Config:
             top_k=2,
             num_groups=2,
             top_k_groups=2,
-            num_mtp_modules=0,
             max_length=64,
             init_std=0.03,
         ),
