@@ -108,10 +108,13 @@ def report(measured: Path) -> None:
     """Writes the table, a device file of its rates, and the picture."""
     if not measured.is_file():
         sys.exit(f"{measured}: no such file; measure first, without --report, on a Hopper GPU")
-    found = json.loads(measured.read_text())
+    try:
+        found = json.loads(measured.read_text())
+        table = [Row(**row) for row in found["rows"]]
+        pair = statistics.median(found["milliseconds"]["pair"])
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{measured}: is not what this script measured ({error!r}); measure again, without --report")
     share = Share(load_config(str(CONFIG)).model)
-    table = [Row(**row) for row in found["rows"]]
-    pair = statistics.median(found["milliseconds"]["pair"])
     rates = achieved(table, share)
     device_file = measured.with_name("device.toml")
     device_file.write_text(_device_file(found["device_file"], rates))

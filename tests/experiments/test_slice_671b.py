@@ -133,3 +133,7 @@ def test_refusals_are_one_sentence(modules, tmp_path):
     run = modules["run"]
     with pytest.raises(SystemExit, match="no such file; measure first"):
         run.report(tmp_path / "measured.json")
+    for text in ("{", "{}", '{"rows": 1}'):
+        (tmp_path / "measured.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"measured.json: is not what this script measured .*; measure again"):
+            run.report(tmp_path / "measured.json")
