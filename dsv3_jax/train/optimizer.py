@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from dsv3_jax.config import OptimizerConfig
 from dsv3_jax.ops.weights import Params
@@ -22,29 +22,15 @@ def adamw_update(
     gradients: Params,
     moments: optax.ScaleByAdamState,
     learning_rate: Float[Array, ""],
-    applied: Bool[Array, ""],
 ) -> tuple[Params, optax.ScaleByAdamState]:
-    """New weights and moments, or the old ones where `applied` is False. Computed in float32; decay applies to weight
-    matrices, not to norm gains."""
+    """New weights and moments. Computed in float32; decay applies to weight matrices, not to norm gains."""
     wide = _cast_moments(moments, jnp.float32)
-    _, state = _adam(config).update(gradients, wide)
-    state = _where(applied, state, wide)
-    if config.moments == "float32" and jax.default_backend() == "cpu":
-        # Weights from written moments: XLA's CPU backend would compute them once more from a copy of the old ones.
-        state = jax.lax.optimization_barrier(state)
-    mu = optax.tree.bias_correction(state.mu, config.beta1, state.count)
-    nu = optax.tree.bias_correction(state.nu, config.beta2, state.count)
-
-    def update(w: Array, mu: Array, nu: Array, decays: bool) -> Array:
-        step = mu / (jnp.sqrt(nu) + config.eps)
-        return w - learning_rate * (step + config.weight_decay * w if decays else step)
-
-    new = jax.tree.map(update, params, mu, nu, decayed(params))
-    return _where(applied, new, params), _cast_moments(state, jnp.dtype(config.moments))
-
-
-def _where(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+    transform = optax.chain(
+        _adam(config), optax.add_decayed_weights(config.weight_decay, decayed), optax.scale(-learning_rate)
+    )
+    start = (wide, optax.MaskedState(optax.EmptyState()), optax.EmptyState())
+    updates, state = transform.update(gradients, start, params)
+    return optax.apply_updates(params, updates), _cast_moments(state[0], jnp.dtype(config.moments))
 
 
 def decayed(params: Params) -> dict[str, Any]:

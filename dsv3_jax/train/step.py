@@ -142,12 +142,11 @@ def _device_step(
     applied = jnp.isfinite(report.loss) & jnp.isfinite(grad_norm) & (report.overflow == 0)
     clip = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-6))
     gradients = jax.tree.map(lambda g: g * clip, gradients)
-    params, moments = adamw_update(
-        config.optimizer, state.params, gradients, state.moments, knobs.learning_rate, applied
-    )
+    params, moments = adamw_update(config.optimizer, state.params, gradients, state.moments, knobs.learning_rate)
     bias = update_router_bias(state.router_bias, report.load, knobs.bias_update_speed)
-    bias = jax.tree.map(lambda new, old: jnp.where(applied, new, old), bias, state.router_bias)
-    return TrainState(params, moments, bias), StepReport(report, grad_norm, applied)
+    new = TrainState(params, moments, bias)
+    new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
+    return new, StepReport(report, grad_norm, applied)
 
 
 def update_router_bias(
