@@ -365,7 +365,7 @@ class Config:
     every layer from its input."""
     unroll_layers: int = 1
     """Stacks of at most so many layers are compiled as straight code, deeper ones as a loop, which compiles as fast for
-    any depth but copies weights, gradients and what is kept into its stacks and out: a quarter of a step on a GPU."""
+    any depth but copies weights, gradients and what is kept into its stacks and out: a fifth of a step on a GPU."""
     seed: int = 0
     """Seed of the weights, the shuffling, FIM and the sample."""
     profile: bool = False

@@ -30,11 +30,6 @@ class Share:
     seq_len: int = 4096
     recompute: Recompute = "report"
 
-    @property
-    def rows(self) -> int:
-        """That come to this GPU's experts in each layer: with even loads, as many as its own tokens have choices."""
-        return self.seq_len * self.model.top_k
-
 
 @dataclass(frozen=True)
 class EvenExchange(LocalExchange):
@@ -123,7 +118,6 @@ def _keep(pullback: Callable, compute: Sequence[Params]) -> Kept:
 
 def share_weights(share: Share, precision: str, seed: int = 0) -> list[Params]:
     """The compute copy of each layer's random weights, with this GPU's experts alone."""
-
     model = share.model
     local = dataclasses.replace(
         model,

@@ -78,7 +78,7 @@ def test_loads_are_even(modules, model):
     exchange = modules["share"].EvenExchange(case.local_experts)
     choices = jax.random.randint(jax.random.key(0), (case.seq_len, case.model.top_k), 0, case.model.num_experts)
     sizes = exchange.route(choices, case.model.num_experts, 128)[0].slots.sizes
-    assert sizes.tolist() == [case.rows // case.local_experts] * case.local_experts
+    assert sizes.tolist() == [choices.size // case.local_experts] * case.local_experts
 
 
 def kernels():

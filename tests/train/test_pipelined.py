@@ -127,8 +127,8 @@ def test_step_in_fp8_is_that_of_the_same_mesh_without_a_pipeline():
         reports.append(jax.device_get(step(state, tokens, KNOBS)))
     (expected_state, expected), (new, report) = reports
     assert report.applied
-    # The same tensors are quantized in the same tiles; what differs is the order of sums over microbatches in
-    # float32, and where the compiler fuses.
+    # The same tensors are quantized in the same tiles; what differs is the order of sums over microbatches and both
+    # directions in float32, and where the compiler fuses.
     for name in ("loss", "mtp_loss", "sequence_balance", "batch_balance"):
         got, want = (getattr(r.losses, name) for r in (report, expected))
         np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
