@@ -37,7 +37,7 @@ def document_tokens(
 
 
 class TrainRows(Iterator[Int32[np.ndarray, " seq"]]):
-    """Endless rows of tokens whose place can be saved and restored exactly."""
+    """Rows of tokens whose place can be saved and restored exactly."""
 
     def __init__(self, rows: grain.DatasetIterator, stream: dict[str, int]):
         self._rows, self._stream = rows, stream
@@ -73,8 +73,9 @@ def train_rows(
     seed: int,
     stream: int = 0,
     streams: int = 1,
+    epochs: int | None = None,
 ) -> TrainRows:
-    """Endless int32 rows of `seq_len` tokens of the training documents, as one of so many streams.
+    """Int32 rows of `seq_len` tokens of the training documents, as one of so many streams; endless without `epochs`.
 
     Each epoch shuffles all documents anew; a stream takes every `streams`-th of them, packs them without loss
     and lets the end of an epoch flow into the next. Rows are then shuffled within windows. FIM and splitting depend on
@@ -100,7 +101,7 @@ def train_rows(
             f"{len(source)} documents ({len(source.bad_documents)} are bad); give more, or lower data.streams or "
             "data.validation_share"
         )
-    rows = PackRows(documents.repeat().to_iter_dataset(READ_AHEAD), seq_len)
+    rows = PackRows(documents.repeat(epochs).to_iter_dataset(READ_AHEAD), seq_len)
     if data.shuffle_rows > 1:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=data.shuffle_rows, seed=seed)
     # A thread fills the next window while the devices train on this one; the state is still that of the rows delivered.

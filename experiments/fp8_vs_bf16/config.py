@@ -19,7 +19,7 @@ def config() -> Config:
         small,
         data=DataConfig(validation_share=0.05),
         parallel=ParallelConfig(devices=1),
-        log=LogConfig(validation_rows=96),
+        log=LogConfig(validation_rows=384),
         output_dir="runs/fp8_vs_bf16",
     )
 

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,6 @@ from dsv3_jax.train.step import Evaluation, Knobs, make_evaluation, make_step
 
 HERE = Path(__file__).resolve().parent
 TOKENS, RESULTS = HERE / "tokens.npz", HERE / "results"
-# About one pass over the standard library, whose 2.4M tokens the run passes 14 times.
-TRAIN_ROWS = 2240
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,17 @@ class Arm:
     recipe: Recipe | None = None
     nudge: float = 0.0
     """Standard deviation of a relative change of every initial weight."""
+    draw: int = 0
+    """Which change, of those of one size."""
 
 
 ARMS = {
     "bf16": Arm("BF16 products", precision="bf16"),
     # Far below the resolution of BF16: what remains is how far two equal runs drift apart.
-    "bf16_nudged": Arm("BF16, initial weights changed by 0.01%", precision="bf16", nudge=1e-4),
+    "bf16_nudged": Arm("BF16, initial weights changed by 0.01%", precision="bf16", nudge=1e-4, draw=1),
+    "bf16_nudged_2": Arm("the same, changed otherwise", precision="bf16", nudge=1e-4, draw=2),
     "fp8": Arm("the FP8 recipe"),
+    "fp8_nudged": Arm("FP8, initial weights changed as those of bf16_nudged", nudge=1e-4, draw=1),
     "block_gradients": Arm("FP8, activation gradients in 128x128 blocks", recipe=Recipe(gradient_tiles="blocks")),
     "short_accumulator": Arm(
         "FP8, sums of 14 bits, never promoted to float32", recipe=Recipe(accumulator=NEVER_PROMOTED)
@@ -90,8 +93,9 @@ def load_config(tiny: bool = False) -> Config:
     return runpy.run_path(str(HERE / "config.py"))["tiny" if tiny else "config"]()
 
 
-def prepare(config: Config, path: Path, count: int = TRAIN_ROWS) -> Tokens:
-    """Rows of the project's own data pipeline, written for machines that lack it."""
+def prepare(config: Config, path: Path) -> Tokens:
+    """Rows of the project's own data pipeline, written for machines that lack it: as many as the run reads, or what the
+    source has, which the run then passes over more than once."""
     from dsv3_jax.data.pipeline import train_rows, validation_rows
     from dsv3_jax.data.sources import open_source
     from dsv3_jax.data.tokenizer import load_or_train
@@ -100,8 +104,8 @@ def prepare(config: Config, path: Path, count: int = TRAIN_ROWS) -> Tokens:
     tokenizer = load_or_train(config.data, source, config.model.vocab_size)
     seq_len = config.batch.seq_len
     held_out, _ = validation_rows(config.data, source, tokenizer, seq_len=seq_len, count=config.log.validation_rows)
-    rows = train_rows(config.data, source, tokenizer, seq_len=seq_len, seed=config.seed)
-    train = np.stack([next(rows) for _ in range(count)])
+    rows = train_rows(config.data, source, tokenizer, seq_len=seq_len, seed=config.seed, epochs=1)
+    train = np.stack(list(islice(rows, config.steps * config.batch.sequences)))
     tokens = Tokens(train.astype(np.uint16), held_out.astype(np.uint16))
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, train=tokens.train, held_out=tokens.held_out)
@@ -153,7 +157,7 @@ def _train(
     config = replace(config, precision=arm.precision)
     mesh = make_mesh(config)
     step_fn, evaluate = make_step(config, mesh, recipe=arm.recipe), make_evaluation(config, mesh)
-    state = nudged(init_state(config, mesh), arm.nudge)
+    state = nudged(init_state(config, mesh), arm)
     started, times, bad = time.perf_counter(), [], 0
     for step in range(last):
         before = time.perf_counter()
@@ -186,13 +190,13 @@ def fingerprint_of(config: Config, tokens: Tokens) -> str:
     return digest.hexdigest()[:16]
 
 
-def nudged(state: TrainState, size: float) -> TrainState:
-    """The state with every weight times 1 + `size` times a random number."""
-    if not size:
+def nudged(state: TrainState, arm: Arm) -> TrainState:
+    """The state with every weight times 1 + the arm's `nudge` times a random number."""
+    if not arm.nudge:
         return state
     leaves, tree = jax.tree.flatten(state.params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [w * (1 + size * jax.random.normal(key, w.shape)) for w, key in zip(leaves, keys, strict=True)]
+    keys = jax.random.split(jax.random.key(arm.draw), len(leaves))
+    moved = [w * (1 + arm.nudge * jax.random.normal(key, w.shape)) for w, key in zip(leaves, keys, strict=True)]
     return replace(state, params=jax.tree.unflatten(tree, moved))
 
 
@@ -343,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     todo.add_argument("--prepare", action="store_true", help="write the tokens")
     todo.add_argument("--arm", choices=list(ARMS), help="train one arm, or do nothing if it is complete")
     todo.add_argument("--report", action="store_true", help="write table.md and loss.png beside the results")
+    parser.add_argument("--source", help="of --prepare: a folder of text in place of the standard library")
     parser.add_argument("--tokens", type=Path, default=TOKENS)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the arms' records")
     parser.add_argument("--tiny", action="store_true", help="the sizes of the tests")
@@ -351,9 +356,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop cleanly with what there is by then")
     args = parser.parse_args(argv)
     config = load_config(args.tiny)
+    if args.source and not args.prepare:
+        parser.error("--source: the tokens of an arm are those of --tokens; give it with --prepare")
     if args.prepare:
-        tokens = prepare(config, args.tokens)
-        print(f"{args.tokens}: {tokens.train.size:,} tokens, and {tokens.held_out.size:,} held out")
+        source = args.source or config.data.source
+        tokens = prepare(replace(config, data=replace(config.data, source=source)), args.tokens)
+        passes = config.steps * config.batch.sequences / len(tokens.train)
+        sizes = f"{tokens.train.size:,} tokens, and {tokens.held_out.size:,} held out"
+        print(f"{args.tokens}: {sizes}; an arm passes over them {passes:.1f} times")
         return
     if args.arm:
         limits = Limits(args.every, args.stop_after, args.minutes)

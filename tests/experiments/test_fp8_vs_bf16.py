@@ -126,12 +126,21 @@ def test_prepared_tokens_are_those_of_the_pipeline(experiment, tmp_path):
         (tmp_path / "texts" / f"{i}.py").write_text(f"def add_{i}(x):\n    return x + {i}\n" * 20)
     config = experiment.load_config(tiny=True)
     data = replace(config.data, source=str(tmp_path / "texts"), cache_dir=str(tmp_path), validation_share=0.2)
-    written = experiment.prepare(replace(config, data=data), tmp_path / "tokens.npz", count=6)
+    few = replace(config, data=data, steps=2, batch=replace(config.batch, sequences=3))
+    written = experiment.prepare(few, tmp_path / "tokens.npz")
     read = experiment.Tokens.read(tmp_path / "tokens.npz")
     assert read.train.shape == (6, 64)
     assert read.train.dtype == np.uint16
     np.testing.assert_array_equal(read.train, written.train)
     assert 1 <= len(read.held_out) <= 8
+    many = experiment.prepare(replace(few, steps=1000), tmp_path / "tokens.npz")
+    assert len(many.train) < 3000, "rows are those of one pass"
+
+
+def test_source_is_refused_where_tokens_are_there_already(experiment, capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(["--arm", "fp8", "--source", "texts"])
+    assert "give it with --prepare" in capsys.readouterr().err
 
 
 def test_the_model_is_as_large_as_was_asked(experiment):
