@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def turns(seq: int, rope: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin, times a factor as of YaRN: turning back is then not the transpose of turning."""
-    angles = jnp.arange(seq)[:, None] * 100.0 ** -(jnp.arange(0, rope, 2) / rope)
-    return 1.25 * jnp.cos(angles), 1.25 * jnp.sin(angles)
+    angles = np.arange(seq)[:, None] * 100.0 ** -(np.arange(0, rope, 2) / rope)
+    return jnp.asarray(1.25 * np.cos(angles), np.float32), jnp.asarray(1.25 * np.sin(angles), np.float32)
 
 
 def full_softmax(q, kv, k_rope, rotations, scale: float, segment_ids=None):

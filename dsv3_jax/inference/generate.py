@@ -39,29 +39,28 @@ def generate(
     With `stop_token`, ends once every row has produced it; a row repeats it after its first. Raises ValueError for an
     empty prompt, tokens outside the vocabulary, or a length above `max_length`.
     """
-    tokens = jnp.asarray(prompt, jnp.int32)
+    tokens = np.asarray(prompt, np.int32)
     _check(tokens, new_tokens, temperature, model.config)
     if new_tokens == 0:
-        return np.asarray(tokens)
+        return tokens
     length = tokens.shape[1] + new_tokens
     caches = nnx.merge(model.graphdef, model.params).empty_caches(len(tokens), length, _activation_dtype(model.params))
-    step = jax.jit(partial(_next_logits, model.graphdef), donate_argnums=3)
     keys = jax.random.split(jax.random.key(seed), new_tokens)
-    rows, new, finished = [tokens], tokens, jnp.zeros(len(tokens), bool)
+    rows, new, finished = [tokens], tokens, np.zeros(len(tokens), bool)
     for key in keys:
-        start = jnp.int32(sum(row.shape[1] for row in rows) - new.shape[1])
-        logits, caches = step(model.params, model.router_bias, new, caches, start)
+        start = np.int32(sum(row.shape[1] for row in rows) - new.shape[1])
+        logits, caches = _next_logits(model.graphdef, model.params, model.router_bias, new, caches, start)
         new = _sample(logits, temperature, key)
         if stop_token is not None:
-            new = jnp.where(finished[:, None], stop_token, new)
+            new = np.where(finished[:, None], np.int32(stop_token), new)
             finished |= new[:, 0] == stop_token
         rows.append(new)
         if stop_token is not None and finished.all():
             break
-    return np.asarray(jnp.concatenate(rows, axis=1))
+    return np.concatenate(rows, axis=1)
 
 
-def _check(tokens: Array, new_tokens: int, temperature: float, config: ModelConfig) -> None:
+def _check(tokens: Int[np.ndarray, "batch prompt"], new_tokens: int, temperature: float, config: ModelConfig) -> None:
     if tokens.ndim != 2 or tokens.size == 0:
         raise ValueError(f"the prompt has shape {tokens.shape}: give at least one token, as [batch, prompt]")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
@@ -81,6 +80,7 @@ def _activation_dtype(params: Params) -> jnp.dtype:
     return params["embed"]["embedding"].dtype
 
 
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _next_logits(
     graphdef: nnx.GraphDef,
     params: Params,

@@ -27,6 +27,7 @@ from jaxtyping import Int, UInt16
 from dsv3_jax.config import Config, to_dict
 from dsv3_jax.ops.fp8_matmul.study import NEVER_PROMOTED
 from dsv3_jax.ops.recipe import Recipe
+from dsv3_jax.ops.weights import Params
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.planner.parameters import count_parameters
 from dsv3_jax.train.loss import LossWeights
@@ -194,10 +195,15 @@ def nudged(state: TrainState, arm: Arm) -> TrainState:
     """The state with every weight times 1 + the arm's `nudge` times a random number."""
     if not arm.nudge:
         return state
-    leaves, tree = jax.tree.flatten(state.params)
-    keys = jax.random.split(jax.random.key(arm.draw), len(leaves))
-    moved = [w * (1 + arm.nudge * jax.random.normal(key, w.shape)) for w, key in zip(leaves, keys, strict=True)]
-    return replace(state, params=jax.tree.unflatten(tree, moved))
+
+    @jax.jit  # op by op, each shape of a weight would compile programs of its own
+    def move(params: Params) -> Params:
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(arm.draw), len(leaves))
+        moved = [w * (1 + arm.nudge * jax.random.normal(key, w.shape)) for w, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, moved)
+
+    return replace(state, params=move(state.params))
 
 
 def knobs_of(config: Config, step: int) -> Knobs:

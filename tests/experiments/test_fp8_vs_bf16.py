@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *todo):
+    """In one process, which start-up makes dear."""
     places = f"--tiny --every 4 --tokens {folder / 'tokens.npz'} --results {folder / 'results'}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])}
     lines = "".join(f"{places} {what}\n" for what in todo)
@@ -55,7 +56,9 @@ def run(folder, *todo):
 
 @pytest.fixture(scope="module")
 def records(folder, experiment):
-    run(folder, *(f"--arm {arm}" for arm in experiment.ARMS))
+    arms = (f"--arm {arm}" for arm in experiment.ARMS)
+    stopped = f"--results {folder / 'stopped'}"
+    run(folder, *arms, f"{stopped} --arm bf16 --minutes 0", f"{stopped} --arm bf16_nudged --stop-after 2")
     return {arm: json.loads((folder / "results" / f"{arm}.json").read_text()) for arm in experiment.ARMS}
 
 
@@ -80,9 +83,11 @@ def test_the_arms_start_equal_and_then_differ(records):
     assert records["block_gradients"]["grad_norms"][0] != records["fp8"]["grad_norms"][0]
 
 
-def test_a_complete_arm_is_not_run_again_and_the_report_joins_all(folder, records):
+def test_a_complete_arm_is_not_run_again_and_the_report_joins_all(experiment, folder, records):
     written = (folder / "results" / "fp8.json").stat().st_mtime_ns
-    run(folder, "--arm fp8", "--report")
+    places = ["--tiny", "--every=4", f"--tokens={folder / 'tokens.npz'}", f"--results={folder / 'results'}"]
+    experiment.main([*places, "--arm=fp8"])
+    experiment.main([*places, "--report"])
     assert (folder / "results" / "fp8.json").stat().st_mtime_ns == written
     shown = (folder / "table.md").read_text()
     assert all(f"| {arm} |" in shown for arm in records)
@@ -90,13 +95,11 @@ def test_a_complete_arm_is_not_run_again_and_the_report_joins_all(folder, record
 
 
 def test_an_arm_stops_in_time_or_where_it_is_told(experiment, folder, records):
-    places = f"--results {folder / 'stopped'}"
-    run(folder, f"{places} --arm bf16 --minutes 0", f"{places} --arm fp8 --stop-after 2")
     stopped = experiment.read_records(folder / "stopped")
     assert [len(record["losses"]) for record in stopped.values()] == [1, 2]
     assert [record["evaluations"][-1][0] for record in stopped.values()] == [1, 2]
     assert "| 2 of 12 |" in experiment.table(stopped, 4)
-    assert stopped["fp8"]["losses"] == records["fp8"]["losses"][:2], "the schedule is that of the whole run"
+    assert stopped["bf16_nudged"]["losses"] == records["bf16_nudged"]["losses"][:2], "the whole run's schedule"
 
 
 def test_arms_with_other_settings_are_not_compared(experiment, records, tmp_path):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_state import random_state
 
 from dsv3_jax import cli
 from dsv3_jax.checkpoint.pretrained import PretrainedModel, load_pretrained
@@ -18,7 +19,6 @@ from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.load import convert_to_hf, load_model
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.train.state import init_state
 
 CONFIG = Config(
     model=ModelConfig(
@@ -33,15 +33,19 @@ CONFIG = Config(
 @pytest.fixture(scope="module")
 def state():
     """As after training: a router bias that routes, and weights that differ from their average."""
-    state = init_state(CONFIG, make_mesh(CONFIG))
-    keys = iter(jax.random.split(jax.random.key(1), len(state.router_bias)))
-    bias = jax.tree.map(lambda b: 0.1 * jax.random.normal(next(keys), b.shape), state.router_bias)
+    state = random_state(CONFIG, make_mesh(CONFIG))
+    rng = np.random.default_rng(1)
+    bias = jax.tree.map(lambda b: jnp.asarray(0.1 * rng.standard_normal(b.shape), b.dtype), state.router_bias)
     return dataclasses.replace(state, router_bias=bias)
+
+
+def times(factor, params):
+    return jax.tree.map(lambda x: np.float32(factor) * np.asarray(x), params)
 
 
 @pytest.fixture(scope="module")
 def average(state):
-    return jax.tree.map(lambda x: np.asarray(1.5 * x), state.params)
+    return times(1.5, state.params)
 
 
 @pytest.fixture
@@ -49,7 +53,8 @@ def run_folder(state, average, tmp_path):
     """What a run leaves, with checkpoints at steps 1 and 2, the first of other weights."""
     folder = tmp_path / "run"
     checkpoints = Checkpoints(folder, CONFIG.checkpoint)
-    earlier = dataclasses.replace(state, params=jax.tree.map(lambda x: 0.5 * x, state.params))
+    halved = jax.tree.map(jax.device_put, times(0.5, state.params))
+    earlier = dataclasses.replace(state, params=halved)
     checkpoints.save(1, CONFIG, earlier, average, {})
     checkpoints.save(2, CONFIG, state, average, {})
     checkpoints.close()
@@ -62,8 +67,8 @@ def model(state):
     """Its MoE layer alone, over 8 tokens so that each soon appears."""
     small = dataclasses.replace(CONFIG.model, vocab_size=8, num_layers=1, num_dense_layers=0)
     params = {name: leaves for name, leaves in state.params.items() if name != "dense_layers"}
-    params["embed"] = {"embedding": params["embed"]["embedding"][:8]}
-    params["head"] = {"kernel": params["head"]["kernel"][:, :8]}
+    params["embed"] = {"embedding": np.asarray(params["embed"]["embedding"])[:8]}
+    params["head"] = {"kernel": np.asarray(params["head"]["kernel"])[:, :8]}
     return PretrainedModel(small, params, state.router_bias)
 
 
@@ -178,6 +183,6 @@ def test_reading_skips_a_damaged_checkpoint_and_moves_nothing(run_folder, state,
     before = sorted(run_folder.rglob("*"))
     with caplog.at_level(logging.WARNING, "dsv3_jax"):
         model = load_model(run_folder, "float32")
-    assert_same(model.params, jax.tree.map(lambda x: 0.5 * x, state.params))
+    assert_same(model.params, times(0.5, state.params))
     assert [record for record in caplog.messages if str(Path("checkpoints/2")) in record and "does not read" in record]
     assert sorted(run_folder.rglob("*")) == before

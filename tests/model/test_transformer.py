@@ -63,7 +63,7 @@ def bias():
 
 @pytest.fixture(scope="module")
 def tokens():
-    return jax.random.randint(jax.random.key(2), (2, SEQ), 0, MODEL.vocab_size)
+    return np.random.default_rng(2).integers(0, MODEL.vocab_size, (2, SEQ), dtype=np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +77,14 @@ def forward(bias):
         trunk = model.trunk(tokens, bias)
         return trunk.hidden, model.predict_ahead(trunk, bias).hidden
 
-    return run
+    return lambda params, tokens: jax.device_get(run(params, tokens))
 
 
 def test_a_token_changes_no_output_before_it(forward, params, tokens):
     hidden, ahead = forward(params, tokens)
     for position in (0, 5, SEQ - 1):
-        other_token = tokens.at[:, position].add(1) % MODEL.vocab_size
+        other_token = tokens.copy()
+        other_token[:, position] = (tokens[:, position] + 1) % MODEL.vocab_size
         other, other_ahead = forward(params, other_token)
         changed = np.abs(other - hidden).max(axis=(0, 2))
         assert (changed[:position] < 1e-5).all()
@@ -98,10 +99,10 @@ def test_a_token_changes_no_output_before_it(forward, params, tokens):
 
 def test_the_main_model_reads_no_parameter_of_the_mtp_modules(forward, params, tokens):
     hidden, _ = forward(params, tokens)
-    broken = params | {"mtp": jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params["mtp"])}
+    broken = params | {"mtp": jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), params["mtp"])}
     without, without_ahead = forward(broken, tokens)
     np.testing.assert_array_equal(without, hidden)
-    assert jnp.isnan(without_ahead).all()
+    assert np.isnan(without_ahead).all()
 
 
 def test_decoding_in_chunks_from_the_cache_gives_the_trunks_output(forward, params, bias, tokens):
@@ -111,15 +112,15 @@ def test_decoding_in_chunks_from_the_cache_gives_the_trunks_output(forward, para
     def decode(params, tokens, caches, start):
         return nnx.merge(graphdef, params).decode(tokens, caches, start, bias)
 
-    caches = nnx.merge(graphdef, params).empty_caches(2, SEQ + 3, jnp.float32)
-    caches = jax.tree.map(lambda x: jnp.full_like(x, 5.0), caches)  # what is yet to be written must not be read
+    caches = jax.eval_shape(lambda: nnx.merge(graphdef, params).empty_caches(2, SEQ + 3, jnp.float32))
+    caches = jax.tree.map(lambda x: np.full(x.shape, 5, x.dtype), caches)  # what is yet to be written must not be read
     outputs, start = [], 0
     for count in (5, 1, 1, 5):
-        out, caches = decode(params, tokens[:, start : start + count], caches, jnp.int32(start))
+        out, caches = decode(params, tokens[:, start : start + count], caches, np.int32(start))
         outputs.append(out)
         start += count
     assert start == SEQ
-    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), forward(params, tokens)[0], atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), forward(params, tokens)[0], atol=2e-5)
 
 
 def test_671b_caches_576_numbers_a_token_and_layer():
@@ -135,17 +136,17 @@ def test_671b_caches_576_numbers_a_token_and_layer():
 @pytest.fixture(scope="module")
 def stored(params, bias, tokens):
     """Loss and gradients when nothing is computed again."""
-    return jax.jit(jax.value_and_grad(loss_of(MODEL, "none")))(params, bias, tokens)
+    return jax.device_get(jax.jit(jax.value_and_grad(loss_of(MODEL, "none")))(params, bias, tokens))
 
 
-@pytest.mark.parametrize(("recompute", "unroll_layers"), [("report", 1), ("layer", 1), ("report", 9)])
+@pytest.mark.parametrize(("recompute", "unroll_layers"), [("report", 1), ("layer", 9)])
 def test_recomputation_changes_neither_loss_nor_gradients(recompute, unroll_layers, stored, params, bias, tokens):
     """Nor does it matter whether layers are a loop or straight code."""
     loss, grads = jax.jit(jax.value_and_grad(loss_of(MODEL, recompute, unroll_layers)))(params, bias, tokens)
     np.testing.assert_allclose(loss, stored[0], rtol=1e-6)
     expected = dict(jax.tree_util.tree_leaves_with_path(stored[1]))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        name, scale = jax.tree_util.keystr(path), float(jnp.abs(expected[path]).max())
+        name, scale = jax.tree_util.keystr(path), float(np.abs(expected[path]).max())
         assert scale > 0, f"{name} gets no gradient"
         np.testing.assert_allclose(grad, expected[path], rtol=1e-4, atol=2e-6 * max(scale, 1), err_msg=name)
 
@@ -187,13 +188,13 @@ def test_the_planner_counts_the_parameters_that_the_model_declares(source):
     assert count.routed_experts == size(shapes["moe_layers"]["ffn"]["experts"])
 
 
-def test_the_compiled_gradient_does_not_grow_with_the_depth(tokens):
+def test_the_gradient_that_is_compiled_does_not_grow_with_the_depth(tokens):
     def instructions(moe_layers: int) -> int:
         config = dataclasses.replace(MODEL, num_layers=1 + moe_layers, num_mtp_modules=0)
         _, shapes = model_structure(config)
         bias = jax.eval_shape(lambda: initial_router_bias(config))
-        compiled = jax.jit(jax.grad(loss_of(config, "report"))).lower(shapes, bias, tokens).compile()
-        return len(re.findall(r"^\s*(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE))
+        lowered = jax.jit(jax.grad(loss_of(config, "report"))).lower(shapes, bias, tokens)
+        return len(re.findall(r"^\s*%\S+ = ", lowered.as_text(), re.MULTILINE))
 
     shallow, deep = instructions(4), instructions(32)
     assert shallow > 1000

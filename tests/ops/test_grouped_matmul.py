@@ -64,7 +64,7 @@ group_sizes = st.lists(st.integers(0, 19), min_size=GROUPS, max_size=GROUPS)
 @given(group_sizes)
 def test_float32_product_and_gradients_are_those_of_a_loop(sizes):
     x, weight, dy, row_group, tile_group = operands(sizes, np.float32)
-    y, dx, dw = product_and_gradients(x, weight, tile_group, dy)
+    y, dx, dw = map(np.asarray, product_and_gradients(x, weight, tile_group, dy))
     expected_y, expected_dx, expected_dw = row_by_row(x, weight, dy, row_group)
     held = row_group >= 0
     np.testing.assert_allclose(y, expected_y, atol=1e-5)
@@ -75,7 +75,7 @@ def test_float32_product_and_gradients_are_those_of_a_loop(sizes):
 @pytest.mark.parametrize("sizes", [[19, 0, 7, 16], [TILES * TILE, 0, 0, 0]], ids=["uneven", "all-in-one"])
 def test_bf16_weights_get_the_float32_gradient_of_their_bf16_operands(sizes):
     x, value, dy, row_group, tile_group = operands(sizes, ml_dtypes.bfloat16)
-    weight = MixedWeight(jnp.asarray(value), jnp.zeros(value.shape, jnp.float32))
+    weight = MixedWeight(value, np.zeros(value.shape, np.float32))
     y, dx, dw = product_and_gradients(x, weight, tile_group, dy)
     expected_y, expected_dx, expected_dw = row_by_row(x, value, dy, row_group)
     assert y.dtype == dx.dtype == jnp.bfloat16
@@ -83,7 +83,7 @@ def test_bf16_weights_get_the_float32_gradient_of_their_bf16_operands(sizes):
     np.testing.assert_allclose(dw.slot, expected_dw, atol=2e-5)  # rounded to bf16 it would be off by 1e-2
     held = row_group >= 0
     np.testing.assert_allclose(np.float32(y), expected_y, rtol=2**-8, atol=1e-5)
-    np.testing.assert_allclose(np.float32(dx[held]), expected_dx[held], rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(np.float32(dx)[held], expected_dx[held], rtol=2**-8, atol=1e-5)
 
 
 def test_a_plain_float32_weight_under_bf16_rows_keeps_its_gradient_in_float32():
@@ -95,20 +95,34 @@ def test_a_plain_float32_weight_under_bf16_rows_keeps_its_gradient_in_float32():
 
 def test_hopper_kernels_interpreted_are_the_reference_on_tiles_that_have_rows():
     rng = np.random.default_rng(0)
-    x, dy, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((512, 192), (512, 136), (3, 192, 136)))
-    tile_group, bounds = jnp.array([0, 2, 2, 3], jnp.int32), jnp.array([0, 1, 1, 3], jnp.int32)
+    shapes = ((512, 192), (512, 136), (3, 192, 136))
+    x, dy, w = (rng.normal(size=shape).astype(ml_dtypes.bfloat16) for shape in shapes)
+    tile_group, bounds = np.array([0, 2, 2, 3], np.int32), np.array([0, 1, 1, 3], np.int32)
     run = {"config": Config(128, 128, 2), "num_sms": 2, "interpret": plgpu.InterpretGPUParams()}
     held = slice(0, 384)
-    y = mosaic_gpu.grouped_product(x, w, tile_group, **run)
-    np.testing.assert_allclose(
-        np.float32(y[held]), np.float32(reference.grouped_forward(x, w, tile_group)[held]), rtol=2**-7, atol=1e-2
-    )
-    dx = mosaic_gpu.grouped_product(dy[:, :128], w[:, :, :128], tile_group, transposed=True, **run)
-    expected = reference.grouped_dgrad(dy[:, :128], w[:, :, :128], tile_group)
-    np.testing.assert_allclose(np.float32(dx[held]), np.float32(expected[held]), rtol=2**-7, atol=1e-2)
-    dw = mosaic_gpu.grouped_wgrad(x, dy, bounds, **run)
-    np.testing.assert_allclose(dw, reference.grouped_wgrad(x, dy, tile_group, 3), atol=1e-4)
-    assert not np.asarray(dw[1]).any()
+    narrow_dy, narrow_w = dy[:, :128], w[:, :, :128]
+
+    @jax.jit  # of arguments: constants would be folded, slowly
+    def products(x, dy, w, narrow_dy, narrow_w):
+        y = mosaic_gpu.grouped_product(x, w, tile_group, **run)
+        dx = mosaic_gpu.grouped_product(narrow_dy, narrow_w, tile_group, transposed=True, **run)
+        return y, dx, mosaic_gpu.grouped_wgrad(x, dy, bounds, **run)
+
+    @jax.jit
+    def expected(x, dy, w, narrow_dy, narrow_w):
+        y = reference.grouped_forward(x, w, tile_group)
+        return (
+            y,
+            reference.grouped_dgrad(narrow_dy, narrow_w, tile_group),
+            reference.grouped_wgrad(x, dy, tile_group, 3),
+        )
+
+    *got, dw = jax.device_get(products(x, dy, w, narrow_dy, narrow_w))
+    *want, want_dw = jax.device_get(expected(x, dy, w, narrow_dy, narrow_w))
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.float32(ours[held]), np.float32(theirs[held]), rtol=2**-7, atol=1e-2)
+    np.testing.assert_allclose(dw, want_dw, atol=1e-4)
+    assert not dw[1].any()
 
 
 def test_naming_a_kernel_that_cannot_run_says_why():

@@ -70,7 +70,7 @@ def test_the_static_number_of_rows_is_enough_for_the_worst_assignment():
     # One row in all groups but the last, which takes the others: every group pads.
     groups, tile = 8, 8
     group = np.minimum(np.arange(64), groups - 1)[:, None]
-    slots = assign_slots(jnp.asarray(group), groups, tile)
+    slots = assign(group, groups, tile)
     assert (np.asarray(slots.slot_of) < len(slots.token_of)).all()
 
 
@@ -78,49 +78,66 @@ def test_the_static_number_of_rows_is_enough_for_the_worst_assignment():
 def slots():
     rng = np.random.default_rng(0)
     group, valid = rng.integers(0, 6, (20, 3)), rng.random((20, 3)) < 0.8
-    return assign_slots(jnp.asarray(group), 6, 8, jnp.asarray(valid))
+    return jax.device_get(assign(group, 6, 8, valid))
 
 
-def test_permute_and_unpermute_are_transposes_of_each_other(slots):
-    x = jax.random.normal(jax.random.key(0), (20, 5))
-    rows = jax.random.normal(jax.random.key(1), (len(slots.token_of), 5))
-    there, back = jnp.vdot(permute(x, slots), rows), jnp.vdot(x, unpermute(rows, slots))
-    np.testing.assert_allclose(there, back, rtol=1e-5)
+@pytest.fixture(scope="module")
+def x_and_rows(slots):
+    rng = np.random.default_rng(1)
+    return [rng.standard_normal((count, 5)).astype(np.float32) for count in (20, len(slots.token_of))]
 
 
-def test_gradients_are_those_of_a_plain_gather(slots):
+def test_permute_and_unpermute_are_transposes_of_each_other(slots, x_and_rows):
+    x, rows = x_and_rows
+    permuted, unpermuted = jax.jit(lambda x, rows: (permute(x, slots), unpermute(rows, slots)))(x, rows)
+    np.testing.assert_allclose(np.vdot(permuted, rows), np.vdot(x, unpermuted), rtol=1e-5)
+
+
+def test_gradients_are_those_of_a_plain_gather(slots, x_and_rows):
     def plain_permute(x):
         return jnp.concatenate([x, jnp.zeros((1, x.shape[1]))])[slots.token_of]
 
     def plain_unpermute(rows):
         return jnp.concatenate([rows, jnp.zeros((1, rows.shape[1]))])[slots.slot_of].sum(axis=1)
 
-    x = jax.random.normal(jax.random.key(0), (20, 5))
-    rows = jax.random.normal(jax.random.key(1), (len(slots.token_of), 5))
-    for ours, plain, at, cotangent in [
-        (partial(permute, slots=slots), plain_permute, x, rows),
-        (partial(unpermute, slots=slots), plain_unpermute, rows, x),
-    ]:
-        (y, pullback), (expected, plain_pullback) = jax.vjp(ours, at), jax.vjp(plain, at)
-        np.testing.assert_allclose(y, expected, atol=1e-6)
-        np.testing.assert_allclose(pullback(cotangent)[0], plain_pullback(cotangent)[0], atol=1e-6)
+    @jax.jit
+    def both(x, rows):
+        def value_and_gradient(function, at, cotangent):
+            y, pullback = jax.vjp(function, at)
+            return y, pullback(cotangent)[0]
+
+        there, back = (x, rows), (rows, x)
+        ours = value_and_gradient(partial(permute, slots=slots), *there)
+        plain = value_and_gradient(plain_permute, *there)
+        ours += value_and_gradient(partial(unpermute, slots=slots), *back)
+        return ours, plain + value_and_gradient(plain_unpermute, *back)
+
+    for ours, expected in zip(*both(*x_and_rows), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
 def test_unpermute_sums_in_float32():
-    slots = assign_slots(jnp.arange(3)[None], 3, 8)
-    values = jnp.zeros((len(slots.token_of), 1), jnp.bfloat16).at[slots.slot_of[0], 0].set(jnp.array([256, 1, 1]))
-    assert float(unpermute(values, slots)[0, 0]) == 258  # one at a time, bfloat16 stays at 256
+    slots = jax.device_get(assign(np.arange(3)[None], 3, 8))
+    values = np.zeros((len(slots.token_of), 1), jnp.bfloat16)
+    values[slots.slot_of[0], 0] = [256, 1, 1]
+    assert np.asarray(jax.jit(unpermute)(values, slots)) == 258  # one at a time, bfloat16 stays at 256
 
 
 def test_weights_travel_with_their_choices_and_so_do_their_gradients(slots):
-    weights = jnp.arange(1.0, 61.0).reshape(20, 3)
-    rows, pullback = jax.vjp(lambda w: permute_choices(w, slots), weights)
-    held = np.asarray(slots.slot_of) < len(rows)
+    weights = np.arange(1, 61, dtype=np.float32).reshape(20, 3)
+    cotangent = np.arange(1, len(slots.token_of) + 1, dtype=np.float32)
+
+    @jax.jit
+    def rows_and_gradient(weights, cotangent):
+        rows, pullback = jax.vjp(lambda w: permute_choices(w, slots), weights)
+        return rows, pullback(cotangent)[0]
+
+    rows, gradient = jax.device_get(rows_and_gradient(weights, cotangent))
+    held = slots.slot_of < len(rows)
     np.testing.assert_array_equal(rows[slots.slot_of[held]], weights[held])
     assert np.count_nonzero(rows) == held.sum()
-    cotangent = jnp.arange(1.0, len(rows) + 1)
     expected = np.where(held, np.append(cotangent, 0)[slots.slot_of], 0)
-    np.testing.assert_array_equal(pullback(cotangent)[0], expected)
+    np.testing.assert_array_equal(gradient, expected)
 
 
 @given(st.integers(1, 10**6), st.integers(1, 512))
@@ -134,9 +151,9 @@ def test_a_tile_is_a_power_of_two_and_pads_at_most_half_of_a_large_balanced_load
 def test_the_kernel_takes_rows_as_indexing_does(dtype, width):
     """And none where the index is out of range."""
     random = np.random.default_rng(0)
-    x = jnp.asarray(random.normal(size=(40, width)), jnp.float32).astype(dtype)
-    index = jnp.asarray(random.integers(0, 48, 96), jnp.int32)
-    taken = mosaic_gpu.take_rows(x, index, interpret=plgpu.InterpretGPUParams())
+    x = random.normal(size=(40, width)).astype(dtype)
+    index = random.integers(0, 48, 96).astype(np.int32)
+    taken = mosaic_gpu.take_rows(jnp.asarray(x), jnp.asarray(index), interpret=plgpu.InterpretGPUParams())
     padded = np.concatenate([np.asarray(x, np.float32), np.zeros((8, width), np.float32)])
     np.testing.assert_array_equal(np.asarray(taken, np.float32), padded[index])
 
@@ -158,4 +175,4 @@ def test_the_kernel_lowers_for_the_rows_of_the_671b_model(dtype):
     ],
 )
 def test_the_kernel_says_what_it_does_not_take(shape, rows, says):
-    assert says in mosaic_gpu.unsupported(jnp.zeros(shape, jnp.bfloat16), rows)
+    assert says in mosaic_gpu.unsupported(jax.ShapeDtypeStruct(shape, jnp.bfloat16), rows)

@@ -20,36 +20,47 @@ from dsv3_jax.ops.quantize import reference as jnp_reference
 
 INTERPRET = {"blocks": 2, "interpret": plgpu.InterpretGPUParams()}
 LOWERED = {"lowering_platforms": ("cuda",)}
+# Compiled whole: op by op, each shape would compile dozens of programs.
+quantize_rows, quantize_blocks, dequantize = map(
+    jax.jit, (quantize.quantize_rows, quantize.quantize_blocks, quantize.dequantize)
+)
 
 
-@pytest.mark.parametrize("power_of_2", [False, True])
 @pytest.mark.parametrize("shape", [(256, 256), (48, 576), (16, 160), (24, 80)])
-def test_reference_of_rows_and_columns(shape, power_of_2):
+def test_reference_of_rows_and_columns(shape):
+    @jax.jit
+    def tiles(x):
+        tiled = jnp_reference.quantize_rows, jnp_reference.quantize_columns
+        return {power_of_2: [quantize(x, power_of_2) for quantize in tiled] for power_of_2 in (False, True)}
+
     x = expected.hard(shape) if shape[1] > 128 else expected.wide(0, shape)
-    for jit in (lambda f: f, jax.jit):
-        rows = jit(lambda x: jnp_reference.quantize_rows(x, power_of_2))(x)
-        columns = jit(lambda x: jnp_reference.quantize_columns(x, power_of_2))(x)
+    for power_of_2, (rows, columns) in tiles(x).items():
         expected.assert_tiled(rows, expected.rows(x, power_of_2))
         expected.assert_tiled(columns, expected.columns(x, power_of_2))
 
 
+def test_reference_op_by_op_is_the_same():
+    x = expected.hard((16, 160))
+    expected.assert_tiled(jnp_reference.quantize_rows(jnp.asarray(x), power_of_2=True), expected.rows(x, True))
+
+
 def test_special_tiles():
     x = expected.hard((16, 128))
-    tiles = quantize.quantize_rows(jnp.asarray(x))
-    back = np.asarray(quantize.dequantize(tiles))
+    tiles = quantize_rows(x)
+    back = np.asarray(dequantize(tiles))
     assert (np.asarray(tiles.values).astype(np.float32)[3] == 0).all()
     assert (back[3:5] == 0).all()
     assert np.isnan(back[7:10]).all()
     assert np.isfinite(np.delete(back, [7, 8, 9], axis=0)).all()
     ordinary = expected.wide(2, (64, 128))
-    back = np.asarray(quantize.dequantize(quantize.quantize_rows(jnp.asarray(ordinary))))
+    back = np.asarray(dequantize(quantize_rows(ordinary)))
     largest = np.abs(ordinary.astype(np.float32)).max(axis=1, keepdims=True)
     assert (np.abs(back - ordinary.astype(np.float32)) <= largest / 28 + 1e-30).all()
 
 
 def test_ties_go_to_even_mantissas():
     x = expected.hard((16, 128))
-    bits = np.asarray(quantize.quantize_rows(jnp.asarray(x)).values).view(np.uint8)[5, :126]
+    bits = np.asarray(quantize_rows(x).values).view(np.uint8)[5, :126]
     below = np.arange(126)
     np.testing.assert_array_equal(bits, below + below % 2)
 
@@ -57,7 +68,7 @@ def test_ties_go_to_even_mantissas():
 @pytest.mark.parametrize("shape", [(256, 384), (200, 72)])
 def test_reference_of_blocks(shape):
     weight = expected.wide(3, (2, *shape), np.float32)
-    blocks = quantize.quantize_blocks(jnp.asarray(weight))
+    blocks = jax.device_get(quantize_blocks(weight))
     for group in range(2):
         values, transposed, scales = expected.blocks(weight[group])
         expected.assert_identical(blocks.values[group], values)
@@ -67,7 +78,7 @@ def test_reference_of_blocks(shape):
 
 def test_reference_of_retile():
     values, scales = expected.rows(expected.wide(4, (200, 160)))
-    columns = jnp_reference.retile(Tiled(jnp.asarray(values), jnp.asarray(scales)))
+    columns = jax.jit(jnp_reference.retile)(Tiled(values, scales))
     expected.assert_tiled(columns, expected.columns(expected.dequantize(values, scales)))
 
 
@@ -80,17 +91,22 @@ def test_e5m6_takes_the_nearest_of_all_its_numbers():
     odd = np.arange(len(numbers)) % 2  # the order of the numbers is that of their bits
     nearest = numbers[np.lexsort((np.broadcast_to(odd, distance.shape), distance), axis=1)[:, 0]]
     for sign in (1, -1):
-        rounded = np.asarray(jnp_reference.round_to_e5m6(jnp.asarray(sign * x)))
+        rounded = np.asarray(jax.jit(jnp_reference.round_to_e5m6)(sign * x))
         np.testing.assert_array_equal(rounded, sign * nearest)
 
 
 def test_e5m6_tiles_have_powers_of_two():
     x = expected.wide(5, (32, 200))
-    values, scales = quantize.quantize_e5m6(jnp.asarray(x))
-    assert (np.asarray(values).view(np.uint16) & 15 == 0).all()
-    assert (np.frexp(np.asarray(scales))[0] == 0.5).all()
-    back = np.asarray(quantize.dequantize_e5m6(values, scales))
-    smallest = np.repeat(np.asarray(scales).T, 128, axis=1)[:, :200] * 2.0**-21
+
+    @jax.jit
+    def there_and_back(x):
+        tiles = quantize.quantize_e5m6(x)
+        return *tiles, quantize.dequantize_e5m6(*tiles)
+
+    values, scales, back = map(np.asarray, there_and_back(x))
+    assert (values.view(np.uint16) & 15 == 0).all()
+    assert (np.frexp(scales)[0] == 0.5).all()
+    smallest = np.repeat(scales.T, 128, axis=1)[:, :200] * 2.0**-21
     error = np.abs(back - x.astype(np.float32))
     assert (error <= np.maximum(np.abs(x.astype(np.float32)) / 128, smallest)).all()
 
@@ -120,8 +136,8 @@ def test_kernel_of_retile():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_kernel_of_blocks(dtype):
-    weight = jnp.asarray(expected.wide(7, (2, 128, 256), np.float32)).astype(dtype)
-    blocks = mosaic_gpu_blocks.quantize_blocks(weight, **INTERPRET)
+    weight = expected.wide(7, (2, 128, 256), np.float32).astype(dtype)
+    blocks = jax.device_get(mosaic_gpu_blocks.quantize_blocks(jnp.asarray(weight), **INTERPRET))
     for group in range(2):
         values, transposed, scales = expected.blocks(weight[group])
         expected.assert_identical(blocks.values[group], values)
@@ -161,25 +177,27 @@ def test_kernels_of_swiglu(weighted):
 
 
 def test_reference_swiglu_backward_is_the_gradient():
-    hidden, d_out = jax.random.normal(jax.random.key(0), (64, 512)), jax.random.normal(jax.random.key(1), (64, 256))
-    weights = jax.random.uniform(jax.random.key(2), (64,))
-    kept = jax.jit(jnp_reference.quantize_rows)(hidden)
+    rng = np.random.default_rng(0)
+    hidden, d_out = (rng.standard_normal((64, width)).astype(np.float32) for width in (512, 256))
+    weights = rng.uniform(size=64).astype(np.float32)
 
     def swiglu(hidden, weights):
         gate, up = jnp.split(hidden, 2, axis=-1)
         return jax.nn.silu(gate) * up * weights[:, None]
 
-    out, pullback = jax.vjp(swiglu, quantize.dequantize(kept), weights)
-    d_hidden, d_weights = pullback(d_out)
-    ours = jax.jit(jnp_reference.swiglu_quantize_backward)(kept, d_out, weights)
-    for tiles, exact in (
-        (ours.d_hidden_rows, d_hidden),
-        (ours.d_hidden_columns, d_hidden.T),
-        (ours.output_columns, out.T),
-    ):
-        error = quantize.dequantize(tiles) - exact
-        assert jnp.linalg.norm(error) < 0.04 * jnp.linalg.norm(exact)
-    np.testing.assert_allclose(ours.d_weights, d_weights, rtol=1e-4, atol=1e-4)
+    @jax.jit
+    def both(hidden, d_out, weights):
+        kept = jnp_reference.quantize_rows(hidden)
+        out, pullback = jax.vjp(swiglu, quantize.dequantize(kept), weights)
+        d_hidden, d_weights = pullback(d_out)
+        ours = jnp_reference.swiglu_quantize_backward(kept, d_out, weights)
+        tiles = ours.d_hidden_rows, ours.d_hidden_columns, ours.output_columns
+        return [quantize.dequantize(t) for t in tiles], (d_hidden, d_hidden.T, out.T), ours.d_weights, d_weights
+
+    ours, exact, d_weights, exact_d_weights = jax.device_get(both(hidden, d_out, weights))
+    for got, want in zip(ours, exact, strict=True):
+        assert np.linalg.norm(got - want) < 0.04 * np.linalg.norm(want)
+    np.testing.assert_allclose(d_weights, exact_d_weights, rtol=1e-4, atol=1e-4)
 
 
 def _tiled_shape(rows, k):

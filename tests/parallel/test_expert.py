@@ -47,8 +47,10 @@ def exchange_on(shape, model, factor=float(MODEL.num_experts)):
 
 
 def weights_of(model):
-    graphdef, state = nnx.split(MoE(model, nnx.Rngs(0)))
-    return graphdef, nnx.to_pure_dict(state)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(model, nnx.Rngs(0))))
+    rng = np.random.default_rng(0)  # the initializers would take seconds to compile
+    weight = lambda leaf: np.float32(model.init_std * rng.standard_normal(leaf.shape))  # noqa: E731
+    return graphdef, jax.tree.map(weight, nnx.to_pure_dict(state))
 
 
 def hierarchical(model, shape, factor=float(MODEL.num_experts)):
@@ -198,7 +200,8 @@ def own_rows(by_device):
 def select(bias, seed):
     """Choices of a router, [64, top_k]."""
     logits = np.random.default_rng(seed).standard_normal((64, MODEL.num_experts))
-    return np.asarray(select_experts(1 / (1 + np.exp(-logits)) + bias, MODEL), np.int32)
+    scores = 1 / (1 + np.exp(-logits)) + bias
+    return np.asarray(jax.jit(select_experts, static_argnums=1)(scores, MODEL), np.int32)
 
 
 def test_most_nodes_follows_the_groups():
@@ -278,5 +281,6 @@ def test_a_level_exchanges_rows_choices_and_weights_there_and_rows_back(shape):
 
     run = jax.shard_map(device, mesh=mesh_of(shape), in_specs=spec, out_specs=spec)
     choices = (64, FP8.top_k)
-    traced = jax.jit(run).trace(jnp.zeros((64, FP8.d_model)), jnp.zeros(choices), jnp.zeros(choices, jnp.int32))
+    x, gates, experts = np.zeros((64, FP8.d_model)), np.zeros(choices), np.zeros(choices, np.int32)
+    traced = jax.jit(run).trace(x, gates, experts)
     assert str(traced.jaxpr).count("all_to_all[") == (4 + 3) * len(shape)

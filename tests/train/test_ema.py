@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from random_state import random_state
 
 from dsv3_jax.checkpoint.training import Checkpoints
 from dsv3_jax.config import BatchConfig, CheckpointConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.ema import HostAverage
-from dsv3_jax.train.state import abstract_state, init_state
+from dsv3_jax.train.state import abstract_state
 
 DECAY = 0.9
 
@@ -78,8 +79,9 @@ def test_what_was_handed_out_does_not_change_with_later_updates():
 
 
 def test_continues_from_a_checkpoint_as_if_never_stopped(config, mesh, tmp_path):
-    state = init_state(config, mesh)
-    grow = lambda times: jax.tree.map(lambda x: x * times, state.params)  # noqa: E731
+    state = random_state(config, mesh)
+    times = jax.jit(lambda params, factor: jax.tree.map(lambda x: x * factor, params))
+    grow = lambda factor: times(state.params, factor)  # noqa: E731
     average = HostAverage(state.params, DECAY)
     average.update(grow(2.0))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from random_state import random_state
 from rich.console import Console
 
 from dsv3_jax.config import (
@@ -29,7 +30,7 @@ from dsv3_jax.ops.permute import tile_rows
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train import loop
 from dsv3_jax.train.report import read_metrics
-from dsv3_jax.train.state import init_state, state_shardings
+from dsv3_jax.train.state import state_shardings
 
 STEPS, SEQUENCES, SEQ_LEN, TOP_K = 3, 4, 32, 4
 
@@ -94,9 +95,9 @@ def run(config):
 
 def small_and_large_buffer(config, folder, small, large):
     """Two runs whose tokens all want the first device: one buffer is too small for that, one is not."""
-    state = init_state(config, make_mesh(config))
-    bias = {kind: b.at[:, :TOP_K].set(10.0) for kind, b in state.router_bias.items()}
-    state = jax.device_get(dataclasses.replace(state, router_bias=bias))
+    state = jax.device_get(random_state(config, make_mesh(config)))
+    bias = {kind: np.where(np.arange(b.shape[1]) < TOP_K, np.float32(10), b) for kind, b in state.router_bias.items()}
+    state = dataclasses.replace(state, router_bias=bias)
     make_step = loop.make_step
     compiled = {}
 
