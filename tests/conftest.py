@@ -30,6 +30,8 @@ def pytest_configure(config):
 
 
 def share_compiled(folder):
+    plugins = os.path.join(os.path.dirname(__file__), "plugins")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [plugins, os.environ.get("PYTHONPATH")]))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(folder, "programs")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
