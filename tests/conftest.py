@@ -2,7 +2,8 @@
 
 Most of their time is compilation, of programs that run for a moment, and starting Python. LLVM is told not to optimize
 (XLA's own passes run as ever), and what one process of the session has compiled, the others read: programs, and
-bytecode where the environment keeps none. The settings are in the environment, for the processes that tests start.
+bytecode where the environment keeps none. The settings are in the environment, for the processes that tests start, and
+so is the folder of a plugin by which the processes of one run share programs too.
 """
 
 import gc
