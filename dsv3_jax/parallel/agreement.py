@@ -8,6 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+_PADDED_TO = 1024
+
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process."""
@@ -22,7 +24,9 @@ def all_processes(value: Any) -> list[Any]:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    # Of few lengths, each of which is a program to compile.
+    length = -(-int(sizes.max()) // _PADDED_TO) * _PADDED_TO
+    rows = multihost_utils.process_allgather(np.pad(text, (0, length - len(text))))
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 

@@ -54,9 +54,10 @@ def state_memory(config: Config, sizes: Sizes) -> StateMemory:
 
 def argument_bytes(config: Config, sizes: Sizes) -> int:
     """Bytes that the step with the whole batch is called with on each device: state, tokens, and the five numbers that
-    the schedules set."""
+    the schedules set, of which a model without MTP modules leaves out their weight."""
     tokens = config.batch.sequences * config.batch.seq_len // math.prod(sizes[axis] for axis in batch_axes(sizes))
-    return state_memory(config, sizes).total + 4 * tokens + 4 * 5
+    numbers = 5 if config.model.num_mtp_modules else 4
+    return state_memory(config, sizes).total + 4 * tokens + 4 * numbers
 
 
 @dataclass(frozen=True)

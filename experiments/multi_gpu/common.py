@@ -36,6 +36,11 @@ class Host:
         return 2 if self.devices >= 4 else 1
 
     @property
+    def turns(self) -> dict[str, float]:
+        """How long and how often each thing that is compared runs; emulated devices only show that it does."""
+        return {"burst": 0.01, "rounds": 1} if self.tiny else {"burst": 0.1, "rounds": 5}
+
+    @property
     def memory(self) -> float:
         """Bytes of a GPU that a program may use."""
         return jax.devices()[0].memory_stats()["bytes_limit"]

@@ -31,7 +31,6 @@ V3 = ModelConfig(
 )  # fmt: skip
 TINY = replace(V3, d_model=128, d_ff_expert=128, num_experts=32)
 BUFFER = 1.25
-TURNS = {"burst": 0.1, "rounds": 5}
 
 
 def measure_links(host: Host) -> float:
@@ -51,7 +50,7 @@ def measure_links(host: Host) -> float:
         calls[name] = partial(jax.jit(run), x)
         others = (host.devices - 1) / host.devices
         sent[name] = 2 * elements * (1 if copies is None else copies * others)
-    seconds = interleaved_medians(calls, jax.block_until_ready, **TURNS)
+    seconds = interleaved_medians(calls, jax.block_until_ready, **host.turns)
     rates = {name: sent[name] / seconds[name] for name in calls}
     rows = [
         [name, f"{sent[name] / 1e6:.0f}", f"{1e3 * seconds[name]:.2f}", f"{rate / 1e9:.0f}"]
@@ -118,7 +117,7 @@ def _exchange_cells(
     seconds = interleaved_medians(
         {"dispatch": partial(calls["dispatch"], sent, route), "combine": partial(calls["combine"], rows, route)},
         jax.block_until_ready,
-        **TURNS,
+        **host.turns,
     )
     shape = (config.parallel.node, config.parallel.gpu, tokens, model.top_k)
     counted = (rows_sent_flat if parallel.exchange == "flat" else rows_sent_hierarchical)(
@@ -162,7 +161,7 @@ def measure_layer(host: Host) -> None:
         overflow = int(calls["forward"]()[1].sum())
         if overflow:
             raise RuntimeError(f"{overflow} rows found no room in buffers of {BUFFER} times a balanced load")
-        seconds = interleaved_medians(calls, jax.block_until_ready, **TURNS)
+        seconds = interleaved_medians(calls, jax.block_until_ready, **host.turns)
         forward, both = 1e3 * seconds["forward"], 1e3 * seconds["both"]
         table.append([*key, f"{forward:.2f}", f"{both - forward:.2f}", f"{both:.2f}"])
     print_table(

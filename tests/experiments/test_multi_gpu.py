@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,15 +55,29 @@ def test_a_pipeline_stands_beside_its_plan(monkeypatch, capsys):
     [
         (["--sections", "speed"], "--sections: speed: 'speed' is not one of links, exchange"),
         (["--streams", "3"], "--streams: 3: '3' is not one of 1, 2"),
+        ([], "needs NVIDIA GPUs; pass --tiny --devices 4 for emulated CPU devices"),
+    ],
+)
+def test_wrong_input_ends_in_a_sentence(arguments, says, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    monkeypatch.setattr(sys, "argv", [str(RUN), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RUN))["main"]()
+    assert ended.value.code != 0
+    assert says in f"{capsys.readouterr().err}{ended.value.code}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
         (
             ["--tiny", "--devices", "2", "--sections", "pipeline", "--pipe", "4"],
             "--pipe 4: does not divide the 2 devices; choose fewer ranks",
         ),
         (["--tiny", "--devices", "1"], "--devices 1: 1 are there; give 2, 4 or 8 of them"),
-        ([], "needs NVIDIA GPUs; pass --tiny --devices 4 for emulated CPU devices"),
     ],
 )
-def test_wrong_input_ends_in_a_sentence(arguments, says):
+def test_devices_that_do_not_do_end_in_a_sentence(arguments, says):
     done = run(*arguments)
     assert done.returncode != 0
     assert says in done.stderr.splitlines()[-1]

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 300
+STEPS = 160
 CONFIG = """
 from dsv3_jax.config import *
 
@@ -22,11 +22,11 @@ def config():
             qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=None, kv_lora_rank=8, num_experts=4, d_ff_expert=8, top_k=2,
             num_groups=2, top_k_groups=1, num_mtp_modules=0, num_shared_experts=0, max_length=64, init_std=0.05,
         ),
-        data=DataConfig(source={source!r}, cache_dir={cache!r}, validation_share=0.2, shuffle_rows=4),
+        data=DataConfig(source={source!r}, cache_dir={cache!r}, validation_share=0.2, shuffle_rows=16),
         batch=BatchConfig(seq_len=16, sequences=4),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_tokens=512),
         parallel=ParallelConfig(devices=2, node=2, gpu=1, expert_buffer_factor=2.0),
-        checkpoint=CheckpointConfig(every=40),
+        checkpoint=CheckpointConfig(every=20),
         log=LogConfig(tensorboard=False, validation_rows=4, sample_tokens=0),
         steps={steps},
         precision="fp32",
@@ -53,20 +53,23 @@ def rows(output):
     return [{key: value for key, value in row.items() if key != "timing"} for row in rows]
 
 
-def launch(environment, *arguments):
+def start(environment, *arguments):
     command = [sys.executable, "-m", "dsv3_jax.cli", "launch", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
 
 
 def test_requeued_job_ends_with_the_metrics_of_an_uninterrupted_one(cluster, config_file, tmp_path):
     environment = cluster.environment | {"JAX_PLATFORMS": "cpu"}
     whole, output = tmp_path / "whole", tmp_path / "run"
-    launch(environment, "local", "--processes", 2, config_file, "--output-dir", whole)
 
     options = ("--nodes", 2, "--gpus-per-node", 0, "--time", "00:30:00", "--submit", "--output-dir", output)
-    told = launch(environment, "slurm", config_file, *options)
+    told = finish(start(environment, "slurm", config_file, *options))
     job = re.search(r"as job (\d+);", told)[1]
     metrics, log = output / "metrics.jsonl", output / f"slurm-{job}.log"
 
@@ -77,6 +80,9 @@ def test_requeued_job_ends_with_the_metrics_of_an_uninterrupted_one(cluster, con
         assert state() not in ("FAILED", "COMPLETED", "CANCELLED"), log.read_text()
         return metrics.exists() and metrics.read_text().count("\n") >= step
 
+    def stops():
+        return log.exists() and "stopped by SIGTERM" in log.read_text()
+
     def starts(times):
         # A requeued job waits until its old credentials have expired, see AuthInfo in conftest.py.
         assert state() not in ("FAILED", "CANCELLED"), log.read_text()
@@ -85,16 +91,20 @@ def test_requeued_job_ends_with_the_metrics_of_an_uninterrupted_one(cluster, con
     # As before the time limit: the run saves, exits, and the script puts the job back into the queue.
     cluster.wait_for(lambda: reaches(1), "the job never trains", 400)
     cluster.run("scancel", "--signal=TERM", job)
+    cluster.wait_for(stops, "the job does not stop", 400)
+    # While the job waits in the queue.
+    uninterrupted = start(environment, "local", "--processes", 2, config_file, "--output-dir", whole)
     cluster.wait_for(lambda: starts(2), "the job does not come back", 400)
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", log.read_text())[1])
     assert f"steps to {STEPS}, from step {stopped}" in log.read_text()
 
     # As at a preemption, or by an administrator: SLURM kills the job and puts it back itself.
-    cluster.wait_for(lambda: reaches(stopped + 50), "the job does not go on", 400)
+    cluster.wait_for(lambda: reaches(stopped + 25), "the job does not go on", 400)
     cluster.run("scontrol", "requeue", job)
     cluster.wait_for(lambda: starts(3), "the job does not come back", 400)
     cluster.wait_for(lambda: state() == "COMPLETED", f"the job does not end: {os.fspath(log)}", 300)
 
+    finish(uninterrupted)
     assert rows(output) == rows(whole)
     assert len(rows(output)) == STEPS
     assert log.read_text().count("validation loss") == 1

@@ -50,29 +50,32 @@ def compiled(microbatches, **settings):
     return make_step(config, mesh).lower(state, tokens, KNOBS).compile(), state, tokens
 
 
+# A layer a stage, so that every loop's length is known.
+SMALL = {"model": dataclasses.replace(MODEL, num_layers=2, num_dense_layers=0, num_mtp_modules=0), "recompute": "none"}
+WHOLE_PIPELINE = {"devices": 8, "pipe": 2, "node": 2, "gpu": 2, "schedule": "dualpipe"}
+SMALL_PIPELINE = {"devices": 2, "pipe": 2, "schedule": "zb1p"} | SMALL
+
+
 @pytest.fixture(scope="module")
-def one_device():
-    step, state, tokens = compiled(MICROBATCHES, devices=1)
-    return jax.device_get(step(state, tokens, KNOBS))
+def small_pipeline():
+    """`compiled` on two stages, by the number of microbatches."""
+    return functools.cache(lambda count: compiled(count, **SMALL_PIPELINE))
 
 
-@pytest.mark.parametrize(
-    ("kind", "mesh"),
-    [("dualpipe", {"devices": 8, "pipe": 2, "node": 2, "gpu": 2}), ("zb1p", {"devices": 2, "pipe": 2})],
-)
-def test_step_is_that_of_one_device_and_its_arguments_are_as_planned(one_device, kind, mesh):
-    step, state, tokens = compiled(MICROBATCHES, schedule=kind, **mesh)
-    sizes = {"data": 1, "node": 1, "gpu": 1} | mesh
-    planned = argument_bytes(make_config(MICROBATCHES, schedule=kind, **mesh), sizes)
-    assert step.memory_analysis().argument_size_in_bytes == planned
-    new, report = jax.device_get(step(state, tokens, KNOBS))
-    expected_state, expected = one_device
+@pytest.fixture(scope="module")
+def small_step():
+    """`compiled` on one device."""
+    return compiled(MICROBATCHES, devices=1, **SMALL)
+
+
+def assert_same(got, expected, names):
+    """Losses of these names, new router bias and gradients of a pipelined step are the other's."""
+    (new, report), (expected_state, expected_report) = got, expected
     assert report.applied
-    for name in ("loss", "mtp_loss", "mtp_accuracy", "sequence_balance", "batch_balance"):
-        got, want = (getattr(r.losses, name) for r in (report, expected))
-        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
-    same = np.testing.assert_array_equal
-    jax.tree.map(same, (report.losses.load, new.router_bias), (expected.losses.load, expected_state.router_bias))
+    for name in names:
+        loss, expected_loss = (getattr(r.losses, name) for r in (report, expected_report))
+        np.testing.assert_allclose(loss, expected_loss, rtol=1e-5, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, new.router_bias, expected_state.router_bias)
     jax.tree_util.tree_map_with_path(
         lambda path, a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=str(path)),
         new.moments.mu,
@@ -80,26 +83,35 @@ def test_step_is_that_of_one_device_and_its_arguments_are_as_planned(one_device,
     )
 
 
-# A layer a stage, so that every loop's length is known.
-SMALL = {"model": dataclasses.replace(MODEL, num_layers=2, num_dense_layers=0), "recompute": "none"}
+def assert_as_on_one_device_and_planned(pipeline, one_device, settings):
+    (step, *arguments), (expected_step, *expected_arguments) = pipeline, one_device
+    sizes = {axis: settings.get(axis, 1) for axis in ("pipe", "data", "node", "gpu")}
+    planned = argument_bytes(make_config(MICROBATCHES, **settings), sizes)
+    assert step.memory_analysis().argument_size_in_bytes == planned
+    got, expected = jax.device_get((step(*arguments, KNOBS), expected_step(*expected_arguments, KNOBS)))
+    assert_same(got, expected, ("loss", "mtp_loss", "mtp_accuracy", "sequence_balance", "batch_balance"))
+    jax.tree.map(np.testing.assert_array_equal, got[1].losses.load, expected[1].losses.load)
 
 
-@pytest.fixture(scope="module")
-def small_pipeline():
-    """Steps on two stages, by their number of microbatches."""
-    return functools.cache(lambda count: compiled(count, devices=2, pipe=2, schedule="zb1p", **SMALL)[0])
+def test_step_in_both_directions_is_that_of_one_device_and_its_arguments_are_as_planned():
+    pipeline, one_device = (compiled(MICROBATCHES, **parallel) for parallel in (WHOLE_PIPELINE, {"devices": 1}))
+    assert_as_on_one_device_and_planned(pipeline, one_device, WHOLE_PIPELINE)
+
+
+def test_step_in_one_direction_is_that_of_one_device_and_its_arguments_are_as_planned(small_pipeline, small_step):
+    assert_as_on_one_device_and_planned(small_pipeline(MICROBATCHES), small_step, SMALL_PIPELINE)
 
 
 def test_memory_does_not_grow_with_the_number_of_microbatches(small_pipeline):
-    few, many = (small_pipeline(n).memory_analysis().temp_size_in_bytes for n in (MICROBATCHES, 4 * MICROBATCHES))
+    few, many = (small_pipeline(n)[0].memory_analysis().temp_size_in_bytes for n in (MICROBATCHES, 4 * MICROBATCHES))
     assert many - few < 4 * 2 * 4 * MICROBATCHES * ROWS * SEQ, "no more than the longer table and tokens"
 
 
-def test_weight_gradients_wait_and_nothing_is_computed_twice(small_pipeline):
+def test_weight_gradients_wait_and_nothing_is_computed_twice(small_pipeline, small_step):
     def refuse(found):
         raise AssertionError(f"the step on one device has a conditional: {found}")
 
-    expected = multiplications(compiled(MICROBATCHES, devices=1, **SMALL)[0].as_text(), refuse)
+    expected = multiplications(small_step[0].as_text(), refuse)
     schedule = make("zb1p", 2, MICROBATCHES)
     table = make_table(schedule)
     ticks = len(table.columns["work"])
@@ -113,7 +125,7 @@ def test_weight_gradients_wait_and_nothing_is_computed_twice(small_pipeline):
         work.update(zip(table.works, found, strict=True))
         return sum(n * each for n, each in zip(times, found, strict=True)) / ticks
 
-    pipelined = small_pipeline(MICROBATCHES).as_text()
+    pipelined = small_pipeline(MICROBATCHES)[0].as_text()
     np.testing.assert_allclose(multiplications(pipelined, branches), expected, rtol=0.01)
     assert work[False, "I", False] > work[False, "", True] > work[True, "", False] > 0
 
@@ -121,20 +133,10 @@ def test_weight_gradients_wait_and_nothing_is_computed_twice(small_pipeline):
 def test_step_in_fp8_is_that_of_the_same_mesh_without_a_pipeline():
     """Weights in blocks, kept inputs, deferred products and rows that travel, all in FP8, on stages of two sizes."""
     # One kind of layers compiles in half the time; its shared expert is what a dense layer's FFN is.
-    model, reports = dataclasses.replace(MODEL, num_layers=3, num_dense_layers=0), []
-    for parallel in ({"devices": 2}, {"devices": 4, "pipe": 2, "schedule": "dualpipe"}):
+    model, results = dataclasses.replace(MODEL, num_layers=3, num_dense_layers=0, num_mtp_modules=0), []
+    for parallel in ({"devices": 4, "pipe": 2, "schedule": "zb1p"}, {"devices": 2}):
         step, state, tokens = compiled(MICROBATCHES, model=model, precision="fp8", gpu=2, **parallel)
-        reports.append(jax.device_get(step(state, tokens, KNOBS)))
-    (expected_state, expected), (new, report) = reports
-    assert report.applied
-    # The same tensors are quantized in the same tiles; what differs is the order of sums over microbatches and both
-    # directions in float32, and where the compiler fuses.
-    for name in ("loss", "mtp_loss", "sequence_balance", "batch_balance"):
-        got, want = (getattr(r.losses, name) for r in (report, expected))
-        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
-    jax.tree.map(np.testing.assert_array_equal, new.router_bias, expected_state.router_bias)
-    jax.tree_util.tree_map_with_path(
-        lambda path, a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=str(path)),
-        new.moments.mu,
-        expected_state.moments.mu,
-    )
+        results.append(jax.device_get(step(state, tokens, KNOBS)))
+    # The same tensors are quantized in the same tiles; what differs is the order of sums over microbatches in float32,
+    # and where the compiler fuses.
+    assert_same(*results, ("loss", "sequence_balance", "batch_balance"))
