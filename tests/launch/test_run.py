@@ -144,7 +144,8 @@ def test_run_that_is_stopped_and_killed_and_damaged_goes_on_as_if_it_were_not(fo
     assert f"stopped by SIGTERM after step {count}" in told[0][0]
 
     processes = start(folder, output, *endless)
-    # The third that is saved, so that the first is complete, and what was saved above is left when the newest is damaged.
+    # The third that is saved, so that the first is complete, and what was saved above is left when the newest is
+    # damaged.
     target = (count // 2 + 3) * 2
     wait_for_step(processes, output, target)
     processes[1].kill()
