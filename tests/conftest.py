@@ -1,9 +1,10 @@
 """Tests run on 8 emulated CPU devices; a test that wants one asks for a mesh of one.
 
 Most of their time is compilation, of programs that run for a moment, and starting Python. LLVM is told not to optimize
-(XLA's own passes run as ever), and what one process of the session has compiled, the others read: programs, and
-bytecode where the environment keeps none. The settings are in the environment, for the processes that tests start, and
-so is the folder of a plugin by which the processes of one run share programs too.
+(XLA's own passes run as ever), fusions are emitted in XLA's older way, which compiles in half the time, and what one
+process of the session has compiled, the others read: programs, and bytecode where the environment keeps none. The
+settings are in the environment, for the processes that tests start, and so is the folder of a plugin by which the
+processes of one run share programs too.
 """
 
 import gc
@@ -17,6 +18,8 @@ FIRST = ("slurm/", "launch/test_run", "train/test_resume", "notebooks/", "experi
 
 os.environ.setdefault("NPROC", "16")  # threads of XLA: with few, kernels in interpret mode wait for each other forever
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "xla_backend_extra_options" not in (flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters".strip()
 jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 jax.config.update("jax_num_cpu_devices", 8)
 gc.set_threshold(50_000)  # tracing makes many objects that stay: with 700, every tenth second goes to looking at them

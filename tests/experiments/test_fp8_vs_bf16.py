@@ -56,10 +56,12 @@ def run(folder, *todo):
 
 @pytest.fixture(scope="module")
 def records(folder, experiment):
-    arms = (f"--arm {arm}" for arm in experiment.ARMS)
+    # Second runs of two arms start from other weights, and differ in nothing else.
+    names = [arm for arm in experiment.ARMS if arm not in ("bf16_nudged_2", "fp8_nudged")]
+    arms = (f"--arm {arm}" for arm in names)
     stopped = f"--results {folder / 'stopped'}"
     run(folder, *arms, f"{stopped} --arm bf16 --minutes 0", f"{stopped} --arm bf16_nudged --stop-after 2")
-    return {arm: json.loads((folder / "results" / f"{arm}.json").read_text()) for arm in experiment.ARMS}
+    return {arm: json.loads((folder / "results" / f"{arm}.json").read_text()) for arm in names}
 
 
 def test_every_arm_learns_and_fp8_stays_near_bf16(records):
