@@ -3,8 +3,7 @@
 Most of their time is compilation, of programs that run for a moment, and starting Python. LLVM is told not to optimize
 (XLA's own passes run as ever), fusions are emitted in XLA's older way, which compiles in half the time, and what one
 process of the session has compiled, the others read: programs, and bytecode where the environment keeps none. The
-settings are in the environment, for the processes that tests start, and so is the folder of a plugin by which the
-processes of one run share programs too.
+settings are in the environment, for the processes that tests start.
 """
 
 import gc
@@ -34,8 +33,6 @@ def pytest_configure(config):
 
 
 def share_compiled(folder):
-    plugins = os.path.join(os.path.dirname(__file__), "plugins")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [plugins, os.environ.get("PYTHONPATH")]))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(folder, "programs")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
