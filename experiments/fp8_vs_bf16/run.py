@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt16
 
-from dsv3_jax.config import Config, to_dict
+from dsv3_jax.config import Config, ConfigError, to_dict
 from dsv3_jax.ops.fp8_matmul.study import NEVER_PROMOTED
 from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import Params
@@ -366,7 +366,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--source: the tokens of an arm are those of --tokens; give it with --prepare")
     if args.prepare:
         source = args.source or config.data.source
-        tokens = prepare(replace(config, data=replace(config.data, source=source)), args.tokens)
+        try:
+            tokens = prepare(replace(config, data=replace(config.data, source=source)), args.tokens)
+        except ConfigError as error:
+            parser.error(str(error))
         passes = config.steps * config.batch.sequences / len(tokens.train)
         sizes = f"{tokens.train.size:,} tokens, and {tokens.held_out.size:,} held out"
         print(f"{args.tokens}: {sizes}; an arm passes over them {passes:.1f} times")

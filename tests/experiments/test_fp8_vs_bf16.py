@@ -142,10 +142,17 @@ def test_prepared_tokens_are_those_of_the_pipeline(experiment, tmp_path):
     assert len(many.train) < 3000, "rows are those of one pass"
 
 
-def test_source_is_refused_where_tokens_are_there_already(experiment, capsys):
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--arm", "fp8", "--source", "texts"], "give it with --prepare"),
+        (["--prepare", "--source", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused_in_one_sentence(experiment, argv, sentence, capsys):
     with pytest.raises(SystemExit):
-        experiment.main(["--arm", "fp8", "--source", "texts"])
-    assert "give it with --prepare" in capsys.readouterr().err
+        experiment.main(argv)
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_model_is_as_large_as_was_asked(experiment):
