@@ -1,9 +1,9 @@
 """Tests run on 8 emulated CPU devices; a test that wants one asks for a mesh of one.
 
 Most of their time is compilation, of programs that run for a moment, and starting Python. LLVM is told not to optimize
-(XLA's own passes run as ever), fusions are emitted in XLA's older way, which compiles in half the time, and what one
-process of the session has compiled, the others read: programs, and bytecode where the environment keeps none. The
-settings are in the environment, for the processes that tests start.
+(XLA's own passes run as ever), fusions are emitted in XLA's older way, which compiles faster, and what one process of
+the session has compiled, the others read: programs, and bytecode where the environment keeps none. The settings are in
+the environment, for the processes that tests start.
 """
 
 import gc

@@ -14,10 +14,9 @@ from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.step import Knobs, make_step
 
-# No dense layer, which the steps in FP8 have: every kind of layer takes seconds to compile for every mesh.
 MODEL = ModelConfig(
-    vocab_size=128, d_model=32, num_layers=2, num_dense_layers=0, num_heads=2, qk_nope_head_dim=8, qk_rope_head_dim=8,
-    v_head_dim=8, q_lora_rank=None, kv_lora_rank=16, num_experts=16, d_ff_expert=16, max_length=64, init_std=0.08,
+    vocab_size=128, d_model=32, num_layers=3, d_ff=64, num_heads=2, qk_nope_head_dim=8, qk_rope_head_dim=8,
+    v_head_dim=8, q_lora_rank=16, kv_lora_rank=16, num_experts=16, d_ff_expert=16, max_length=64, init_std=0.08,
 )  # fmt: skip
 STEPS, MICROBATCHES, ROWS, SEQ = 10, 2, 8, 32
 
@@ -88,7 +87,9 @@ def test_any_mesh_gives_the_losses_of_one_device_and_the_same_bias(one_device, s
 def two_devices():
     """A step whose expert buffer has room for a balanced load only."""
     config = make_config(devices=2, gpu=2, expert_buffer_factor=1.0)
-    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_layers=1, num_mtp_modules=0))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(MODEL, num_layers=1, num_dense_layers=0, num_mtp_modules=0)
+    )
     mesh = make_mesh(config)
     return config, mesh, make_step(config, mesh)
 

@@ -149,7 +149,7 @@ def test_thirty_steps_in_fp8_give_the_losses_of_bf16(one_device, start):
 
 def test_a_mesh_gives_the_losses_of_one_device(one_device, start):
     config = make_config("fp8", TRAINED, devices=8, data=2, node=2, gpu=2, expert_buffer_factor=4.0)
-    losses, _ = run(config, start, 4)
+    losses, _ = run(config, start, 6)
     # Not to float32's last bits: tiles of a weight gradient run along tokens, and each device has other tokens side
     # by side, so that their scales differ; an expert's rows come in another order.
-    np.testing.assert_allclose(losses, one_device[0][:4], rtol=2e-3)
+    np.testing.assert_allclose(losses, one_device[0][:6], rtol=2e-3)
