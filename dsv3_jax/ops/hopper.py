@@ -30,6 +30,8 @@ class Config:
     """Slots in shared memory for parts of both operands."""
     band: int = 8
     """Tiles are walked in bands of so many rows of tiles, so that operands are still in L2."""
+    cluster: int = 1
+    """Blocks that work side by side on tiles of the same rows, each bringing a part of these rows for all of them."""
 
     @property
     def warpgroups(self) -> int:
@@ -121,6 +123,25 @@ def walk(index: Array, grid: tuple[int, int], band: int) -> tuple[Array, Array]:
     return plgpu.planar_snake(index, grid, 0, band)
 
 
+def in_turns(count: Array | int, stages: int, step: Callable[[Array, Array, Any], Any], carry: Any = None) -> Any:
+    """carry = step(i, slot, carry) for each i of `count`, in slots that take turns, beginning with the first.
+
+    A slot's address is known but for a zero that is hidden from the compiler: it would keep all addresses in registers.
+    """
+    rounds = lax.div(count, jnp.int32(stages)) if isinstance(count, jax.Array) else count // stages
+
+    def turn(i: Array, carried: tuple[Any, Array]) -> tuple[Any, Array]:
+        carry, zero = carried
+        zero = lax.optimization_barrier(zero)
+        for slot in range(stages):
+            carry = step(i * stages + slot, zero + slot, carry)
+        return carry, zero
+
+    carry, _ = lax.fori_loop(0, rounds, turn, (carry, jnp.int32(0)))
+    done = rounds * stages
+    return lax.fori_loop(0, count - done, lambda slot, carry: step(done + slot, slot, carry), carry)
+
+
 class Crew(Protocol):
     """What a block's warpgroups are, of every kernel's configuration."""
 
@@ -150,6 +171,22 @@ def producer_and_consumers(config: Crew, produce: Callable[[], None], consume: C
         plgpu.set_max_registers(config.registers[0], action="increase")
         consume()
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+
+def through_slots(config: Config, empty: Any, produce: Callable[[], None], consume: Callable[[], Any]) -> None:
+    """`producer_and_consumers` around slots that all start out empty; the producer stays until all are again."""
+
+    def fill() -> None:
+        produce()
+        for slot in range(config.stages):
+            plgpu.barrier_wait(empty.at[slot])
+
+    def use() -> None:
+        for slot in range(config.stages):
+            plgpu.barrier_arrive(empty.at[slot])
+        consume()
+
+    producer_and_consumers(config, fill, use)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ def matmul(
 
     def block_scale(scales_ref: Any, work: Work, k_block: Array) -> Array:
         of_group = scales_ref.at[work.group] if b.ndim == 3 else scales_ref
-        return of_group[lax.div(work.col, jnp.int32(TILE)), k_block]
+        last = jnp.int32(b_scales.shape[-2] - 1)  # a cluster's last tile may lie beyond the weight
+        return of_group[lax.min(lax.div(work.col, jnp.int32(TILE)), last), k_block]
 
     grouped = tile_group is not None
     index = _row_tiles(tile_group, b.shape[0], config.rows) if grouped else jnp.zeros(1, jnp.int32)

@@ -1,7 +1,8 @@
 """The Hopper kernel under all FP8 products: tiles of a @ b^T with float32 promotion every 128 (report 3.3.2).
 
-A persistent grid, one block an SM. One warp of a block's last warpgroup produces: it brings 128 columns of both
-operands into the next free slot of shared memory. The others compute, 64 rows of the output tile each:
+A persistent grid, one block an SM, in clusters that share the rows' operand: what an SM reads from L2 is what bounds
+the product otherwise. One warp of a block's last warpgroup produces: it brings 128 columns of both operands into the
+next free slot of shared memory. The others compute, 64 rows of the output tile each:
 
     producer   | load k+2 | load k+3 | ...
     compute 0  | wgmma k     | promote k | wgmma k+1      | promote k+1 | ...
@@ -11,6 +12,7 @@ so that the tensor cores work for one warpgroup while the others promote: Hopper
 the sum over each 128 columns is scaled and added to float32 registers by ordinary instructions.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, operand, producer_and_consumers, walk
+from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, in_turns, operand, through_slots, walk
 from dsv3_jax.ops.quantize.formats import E4M3, TILE
 
 _STORED_BYTES = 256
@@ -78,59 +80,50 @@ def scaled_product(
     if config.cols != TILE:
         raise ValueError(f"cols={config.cols}: FP8 products are cut into tiles of {TILE} columns, the width of a scale")
     groups, row_tiles, col_tiles = problem.grid
+    tiles = (row_tiles, pl.cdiv(col_tiles, config.cluster))
     chunk = _CHUNK if problem.block_scale is None else TILE
     width = min(TILE, _STORED_BYTES // jnp.dtype(out.dtype).itemsize)
     store = Store(TILE, chunk, out.dtype, out.shape[-1], width, slots=1)
     add = total is not None and interpret is None  # the interpreter cannot add on the way to global memory
 
     def body(index_ref, a_ref, as_ref, b_ref, bs_ref, out_ref, a_s, b_s, as_s, bs_s, out_s, full, empty):
-        wg, stages = lax.axis_index("wg"), jnp.int32(config.stages)
+        wg, stages = lax.axis_index("wg"), config.stages
+        mate = lax.axis_index("mate") if config.cluster > 1 else 0
+        together = "mate" if config.cluster > 1 else None
 
-        def for_each_tile(f: Callable[[Work, Array], None]) -> Array:
-            """Calls f with the blocks of all tiles before this one; returns how many there are in all."""
+        def for_each_tile(f: Callable[[Work], None]) -> None:
+            each = (math.prod(tiles),) if groups == 1 else (groups, math.prod(tiles))
 
-            tiles = (row_tiles * col_tiles,) if groups == 1 else (groups, row_tiles * col_tiles)
-
-            @plgpu.nd_loop(tiles, collective_axes="sm", init_carry=jnp.int32(0))
-            def blocks(info, carry):
+            @plgpu.nd_loop(each, collective_axes="sm")
+            def _(info):
                 group = jnp.int32(0) if groups == 1 else info.index[0]
-                work = problem.work(index_ref, group, *walk(info.index[-1], (row_tiles, col_tiles), config.band))
-                f(work, carry)
-                return carry + work.count
+                row, col = walk(info.index[-1], tiles, config.band)
+                f(problem.work(index_ref, group, row, col * config.cluster + mate))
 
-            return blocks
-
-        def wait_until_empty(step: Array) -> None:
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[lax.rem(step, stages)]))
-
-        def load_tile(work: Work, before: Array) -> None:
+        def load_tile(work: Work) -> None:
             rows, cols = pl.ds(work.row, config.rows), pl.ds(work.col, TILE)
             b_of = b_ref.at[work.group] if b.ndim == 3 else b_ref
 
-            @pl.loop(0, work.count)
-            def _(i):
-                block, slot = work.first + i, lax.rem(before + i, stages)
+            def load(i: Array, slot: Array, _: None) -> None:
+                block = work.first + i
                 ks = pl.ds(block * TILE, TILE)
-                wait_until_empty(before + i)
-                plgpu.copy_gmem_to_smem(a_ref.at[rows, ks], a_s.at[slot], full.at[slot])
+                plgpu.barrier_wait(empty.at[slot])
+                plgpu.copy_gmem_to_smem(a_ref.at[rows, ks], a_s.at[slot], full.at[slot], collective_axes=together)
                 plgpu.copy_gmem_to_smem(b_of.at[cols, ks], b_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(as_ref.at[block, rows], as_s.at[slot], full.at[slot])
                 if problem.block_scale is None:
                     plgpu.copy_gmem_to_smem(bs_ref.at[block, cols], bs_s.at[slot], full.at[slot])
 
-        def produce() -> None:
-            blocks = for_each_tile(load_tile)
-            pl.loop(0, config.stages)(lambda i: wait_until_empty(blocks + i))
+            in_turns(work.count, stages, load)
 
-        def compute_tile(work: Work, before: Array) -> None:
+        def compute_tile(work: Work) -> None:
             mine = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
             def scale_of(i: Array) -> Array | None:
                 return problem.block_scale and problem.block_scale(bs_ref, work, work.first + i)
 
-            def step(i, carry):
+            def step(i, slot, carry):
                 sums, scale = carry
-                slot = lax.rem(before + i, stages)
                 following = scale_of(lax.min(i + 1, jnp.int32(work.count - 1)))
                 # Nothing may come between the fresh accumulator and its product: the compiler would put a fence there.
                 plgpu.barrier_wait(full.at[slot])
@@ -151,7 +144,7 @@ def scaled_product(
 
             zeros = jnp.zeros((WARPGROUP_ROWS, chunk), jnp.float32)
             zeros = [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(TILE // chunk)]
-            sums, _ = lax.fori_loop(0, work.count, step, (zeros, scale_of(jnp.int32(0))))
+            sums, _ = in_turns(work.count, stages, step, (zeros, scale_of(jnp.int32(0))))
             out_of = out_ref.at[work.group] if len(out.shape) == 3 else out_ref
             row = work.row + wg * WARPGROUP_ROWS
 
@@ -160,7 +153,7 @@ def scaled_product(
 
             write() if work.end is None else pl.when(row < work.end)(write)
 
-        producer_and_consumers(config, produce, lambda: for_each_tile(compute_tile))
+        through_slots(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
 
     arrivals = 4 if problem.block_scale is None else 3
     run = plgpu.kernel(
@@ -173,10 +166,11 @@ def scaled_product(
             plgpu.SMEM((config.stages if problem.block_scale is None else 1, TILE), jnp.float32),
             store.scratch(config.warpgroups),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages),
-            plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+            _released(config),
         ],
-        grid=(num_sms,),
+        grid=(num_sms // config.cluster,),
         grid_names=("sm",),
+        **({"cluster": (config.cluster,), "cluster_names": ("mate",)} if config.cluster > 1 else {}),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
         kernel_name=problem.name,
@@ -190,6 +184,12 @@ def scaled_product(
     sums = jax.new_ref(total)
     run(*operands, sums)
     return jax.freeze(sums)
+
+
+def _released(config: Config) -> Any:
+    """A barrier a slot, on which all warpgroups that read it give it back, those of the cluster's other blocks too."""
+    count = {"num_arrivals": config.warpgroups, "num_barriers": config.stages}
+    return plgpu.ClusterBarrier(collective_axes=("mate",), **count) if config.cluster > 1 else plgpu.Barrier(**count)
 
 
 def _promote_tiles(sums: list[Array], partial: Array, row_scale: Array, col_scales_ref: Any) -> list[Array]:

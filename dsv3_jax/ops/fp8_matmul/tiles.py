@@ -26,7 +26,7 @@ def config_for(kind: Kind, m: int, n: int, k: int) -> Config:
     if found is not None:
         return Config(**found)
     # Three warpgroups hide promotion best; two waste less of a small result.
-    return Config(rows=128) if m < 2 * 192 else Config(rows=192)
+    return Config(rows=128) if m < 2 * 192 else Config(rows=192, cluster=2)
 
 
 @functools.cache

@@ -27,7 +27,8 @@ TOKENS = 4096
 ROUTED_ROWS = 32768
 GROUPS = 4
 
-CANDIDATES = [Config(rows, stages=4, band=band) for rows in (192, 128) for band in (8, 16)]
+CANDIDATES = [Config(192, stages=4, band=band, cluster=cluster) for cluster in (1, 2) for band in (4, 8, 16)]
+CANDIDATES += [Config(128, stages=4, cluster=cluster) for cluster in (1, 2)]
 
 Problem = tuple[Kind, int, int, int]
 
@@ -100,10 +101,9 @@ def main() -> None:
         seconds = interleaved_medians(contenders, wait_for_all, burst=0.02, rounds=3)
         fastest = min(seconds, key=seconds.get)
         best[" ".join(map(str, problem))] = asdict(fastest)
-        shown = "  ".join(
-            f"{c.rows} rows, band {c.band}: {s * 1e6:.0f} us" for c, s in sorted(seconds.items(), key=lambda x: x[1])
-        )
-        print(*problem, ":", shown, flush=True)
+        ranked = sorted(seconds.items(), key=lambda item: item[1])
+        shown = (f"{c.rows} rows, band {c.band}, cluster {c.cluster}: {s * 1e6:.0f} us" for c, s in ranked)
+        print(*problem, ":", "  ".join(shown), flush=True)
     args.output.write_text(json.dumps(best, indent=1) + "\n")
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, lowered_once, operand, producer_and_consumers, walk
+from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, in_turns, lowered_once, operand, through_slots, walk
 
 DEFAULT = Config(rows=128, cols=256)
 _STEP = 64
@@ -65,13 +65,14 @@ def grouped_product(
         def load_tile(mi, ni, group):
             rows, cols = pl.ds(mi * _ROWS, _ROWS), pl.ds(ni * config.cols, config.cols)
 
-            def load(step, slot):
+            def load(step, slot, _):
+                plgpu.barrier_wait(empty.at[slot])
                 ks = pl.ds(step * _STEP, _STEP)
                 part = w_ref.at[group, cols, ks] if transposed else w_ref.at[group, ks, cols]
                 plgpu.copy_gmem_to_smem(x_ref.at[rows, ks], x_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(part, w_s.at[slot], full.at[slot])
 
-            _fill(load, jnp.int32(k // _STEP), config.stages, empty)
+            in_turns(k // _STEP, config.stages, load)
 
         def compute_tile(mi, ni, group):
             wg = lax.axis_index("wg")
@@ -83,7 +84,7 @@ def grouped_product(
             sums = _sum(multiply, jnp.int32(k // _STEP), config, full, empty)
             store([sums], out_s.at[wg], out_ref, mi * _ROWS + wg * WARPGROUP_ROWS, ni * config.cols)
 
-        _run(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
+        through_slots(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
 
     store = Store(config.cols, config.cols, x.dtype, n, width=64, slots=2)
     w_shape = (config.cols, _STEP) if transposed else (_STEP, config.cols)
@@ -127,12 +128,13 @@ def grouped_wgrad(
         def load_tile(group, mi, ni, first, count):
             rows, cols = pl.ds(mi * _ROWS, _ROWS), pl.ds(ni * config.cols, config.cols)
 
-            def load(step, slot):
+            def load(step, slot, _):
+                plgpu.barrier_wait(empty.at[slot])
                 tokens = pl.ds(first * _ROWS + step * _STEP, _STEP)
                 plgpu.copy_gmem_to_smem(x_ref.at[tokens, rows], x_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(dy_ref.at[tokens, cols], dy_s.at[slot], full.at[slot])
 
-            _fill(load, count, config.stages, empty)
+            in_turns(count, config.stages, load)
 
         def compute_tile(group, mi, ni, first, count):
             wg = lax.axis_index("wg")
@@ -144,7 +146,7 @@ def grouped_wgrad(
             sums = _sum(multiply, count, config, full, empty)
             store([sums], out_s.at[wg], out_ref.at[group], mi * _ROWS + wg * WARPGROUP_ROWS, ni * config.cols)
 
-        _run(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
+        through_slots(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
 
     store = Store(config.cols, config.cols, jnp.float32, n, width=32, slots=2)
     run = _kernel(
@@ -158,39 +160,6 @@ def grouped_wgrad(
         interpret,
     )
     return run(bounds, x, dy)
-
-
-def _run(config: Config, empty: Any, produce: Callable[[], None], consume: Callable[[], None]) -> None:
-    """Every slot starts out empty, and the producer stays until all are again."""
-
-    def fill() -> None:
-        produce()
-        for slot in range(config.stages):
-            plgpu.barrier_wait(empty.at[slot])
-
-    def use() -> None:
-        for slot in range(config.stages):
-            plgpu.barrier_arrive(empty.at[slot])
-        consume()
-
-    producer_and_consumers(config, fill, use)
-
-
-def _fill(load: Callable, count: Array, stages: int, empty: Any) -> None:
-    """load(step, slot) for every step, into slots in turn; every tile starts with the first slot."""
-
-    def wait_and_load(step: Array, slot: Array) -> None:
-        plgpu.barrier_wait(empty.at[slot])
-        load(step, slot)
-
-    rounds = lax.div(count, jnp.int32(stages))
-
-    @pl.loop(0, rounds)
-    def _(i):
-        for slot in range(stages):
-            wait_and_load(i * stages + slot, slot)
-
-    pl.loop(0, count - rounds * stages)(lambda slot: wait_and_load(rounds * stages + slot, slot))
 
 
 def _sum(multiply: Callable, count: Array, config: Config, full: Any, empty: Any) -> Float[Array, "rows cols"]:
