@@ -108,8 +108,8 @@ def test_grouped_products_are_those_of_each_tile_with_its_groups_weight():
 
 @pytest.mark.parametrize(
     "config",
-    [Config(128, stages=2), Config(192, stages=2, cluster=2)],
-    ids=["two-warpgroups", "three-warpgroups-in-clusters"],
+    [Config(128, stages=2), Config(192, stages=3), Config(192, stages=2, cluster=2)],
+    ids=["two-warpgroups", "three-warpgroups", "three-warpgroups-in-clusters"],
 )
 def test_blockwise_kernel_is_the_reference(config):
     x, w = quantize_rows(normal(0, 200, 384)), quantize_blocks(normal(1, 384, 336).astype(jnp.float32))
@@ -125,7 +125,7 @@ def test_blockwise_kernel_of_a_transposed_weight_is_the_reference():
     assert calc_diff(dx, jax.jit(reference.matmul_transposed)(dy, w)) < 1e-9
 
 
-@pytest.mark.parametrize(("rows", "cluster"), [(128, 1), (192, 2)])
+@pytest.mark.parametrize(("rows", "cluster"), [(128, 1), (192, 1), (192, 2)])
 def test_grouped_kernel_is_the_reference_on_tiles_that_have_rows(rows, cluster):
     tile_group = jnp.array([0, 2, 2, 3], jnp.int32)
     x, w = quantize_rows(normal(0, 512, 128)), quantize_blocks(normal(1, 3, 128, 136).astype(jnp.float32))
@@ -142,18 +142,23 @@ def test_grouped_kernel_is_the_reference_on_tiles_that_have_rows(rows, cluster):
     assert calc_diff(y[:384], jax.jit(reference.grouped_matmul)(x, w, tile_group)[:384]) < BAR
 
 
-@pytest.mark.parametrize("config", [Config(128, stages=2), Config(192, stages=2, cluster=2)], ids=["two", "three"])
+@pytest.mark.parametrize(
+    "config",
+    [Config(128, stages=2), Config(192, stages=2), Config(192, stages=2, cluster=2)],
+    ids=["two-warpgroups", "three-warpgroups", "three-warpgroups-in-clusters"],
+)
 def test_wgrad_kernel_is_the_reference(config):
     x, dy = quantize_columns(normal(0, 384, 136)), quantize_columns(normal(1, 384, 144))
-    run = {"config": config, "num_sms": 2, "interpret": INTERPRET}
+    run = {"config": config, "num_sms": 2 * config.cluster, "interpret": INTERPRET}
     dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, **run)
     assert calc_diff(dw[0], jax.jit(reference.wgrad)(x, dy)) < 1e-9
 
 
-def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens():
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens(cluster):
     x, dy = quantize_columns(normal(0, 512, 72)), quantize_columns(normal(1, 512, 136))
     bounds, tile_group = jnp.array([0, 1, 1, 3], jnp.int32), jnp.array([0, 2, 2, 3], jnp.int32)
-    run = {"config": Config(128, stages=2, cluster=2), "num_sms": 2, "interpret": INTERPRET}
+    run = {"config": Config(128, stages=2, cluster=cluster), "num_sms": 2 * cluster, "interpret": INTERPRET}
     dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, bounds, **run)
     assert calc_diff(dw, jax.jit(reference.grouped_wgrad, static_argnums=3)(x, dy, tile_group, 3)) < 1e-9
     assert not np.asarray(dw[1]).any()

@@ -131,3 +131,9 @@ def test_naming_a_kernel_that_cannot_run_says_why():
         grouped_matmul(x, w, jnp.zeros(2, jnp.int32), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU, the backend is cpu"):
         grouped_matmul(x, w, jnp.zeros(1, jnp.int32), implementation="mosaic_gpu")
+
+
+def test_clusters_that_the_bf16_kernels_do_not_have_are_refused():
+    x, w = jnp.zeros((128, 64), jnp.bfloat16), jnp.zeros((1, 64, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"cluster=2: .* cluster must be 1"):
+        mosaic_gpu.grouped_product(x, w, jnp.zeros(1, jnp.int32), config=Config(cols=64, cluster=2))

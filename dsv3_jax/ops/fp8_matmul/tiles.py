@@ -25,7 +25,7 @@ def config_for(kind: Kind, m: int, n: int, k: int) -> Config:
     found = _tuned().get(f"{kind} {m} {n} {k}")
     if found is not None:
         return Config(**found)
-    # Three warpgroups hide promotion best; two waste less of a small result.
+    # Three warpgroups hide promotion best, and clusters spare L2; two warpgroups waste less of a small result.
     return Config(rows=128) if m < 2 * 192 else Config(rows=192, cluster=2)
 
 

@@ -206,6 +206,8 @@ def _kernel(
     interpret: Any,
 ) -> Callable[..., Array]:
     """The launch that both kernels share: scratch, barriers, grid."""
+    if config.cluster != 1:
+        raise ValueError(f"cluster={config.cluster}: blocks of the bf16 products share no operands, cluster must be 1")
     return plgpu.kernel(
         body,
         out_type=out_type,
