@@ -128,7 +128,11 @@ def in_turns(count: Array | int, stages: int, step: Callable[[Array, Array, Any]
 
     A slot's address is known but for a zero that is hidden from the compiler: it would keep all addresses in registers.
     """
-    rounds = lax.div(count, jnp.int32(stages)) if isinstance(count, jax.Array) else count // stages
+    if isinstance(count, int):
+        # A single turn would become straight code, in which the compiler reads ahead more than registers can hold.
+        rounds = count // stages if count >= 2 * stages else 0
+    else:
+        rounds = lax.div(count, jnp.int32(stages))
 
     def turn(i: Array, carried: tuple[Any, Array]) -> tuple[Any, Array]:
         carry, zero = carried
@@ -137,9 +141,13 @@ def in_turns(count: Array | int, stages: int, step: Callable[[Array, Array, Any]
             carry = step(i * stages + slot, zero + slot, carry)
         return carry, zero
 
+    def left_over(i: Array, carried: tuple[Any, Array]) -> tuple[Any, Array]:
+        carry, slot = carried
+        following = lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
+        return step(i, slot, carry), following
+
     carry, _ = lax.fori_loop(0, rounds, turn, (carry, jnp.int32(0)))
-    done = rounds * stages
-    return lax.fori_loop(0, count - done, lambda slot, carry: step(done + slot, slot, carry), carry)
+    return lax.fori_loop(rounds * stages, count, left_over, (carry, jnp.int32(0)))[0]
 
 
 class Crew(Protocol):

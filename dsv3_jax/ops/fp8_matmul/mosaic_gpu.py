@@ -41,8 +41,7 @@ def matmul(
 
     def grouped_work(tiles_ref: Any, _: Array, row: Array, col: Array) -> Work:
         first, end, group = (tiles_ref[i, row] for i in range(3))
-        count = lax.select(first < end, jnp.int32(k_blocks), jnp.int32(0))
-        return Work(first * WARPGROUP_ROWS, col * TILE, group, jnp.int32(0), count, end * WARPGROUP_ROWS)
+        return Work(first * WARPGROUP_ROWS, col * TILE, group, jnp.int32(0), k_blocks, end * WARPGROUP_ROWS)
 
     def block_scale(scales_ref: Any, work: Work, k_block: Array) -> Array:
         of_group = scales_ref.at[work.group] if b.ndim == 3 else scales_ref

@@ -45,7 +45,8 @@ class Work:
     count: Array | int
     """Blocks of 128 columns."""
     end: Array | None = None
-    """The first row that is another group's; None where the tile owns all its rows."""
+    """The first row that is another group's, before which a tile that has any rows begins; None where all rows are its
+    own."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def scaled_product(
             def _(info):
                 group = jnp.int32(0) if groups == 1 else info.index[0]
                 row, col = walk(info.index[-1], tiles, config.band)
-                f(problem.work(index_ref, group, row, col * config.cluster + mate))
+                work = problem.work(index_ref, group, row, col * config.cluster + mate)
+                f(work) if work.end is None else pl.when(work.row < work.end)(lambda: f(work))
 
         def load_tile(work: Work) -> None:
             rows, cols = pl.ds(work.row, config.rows), pl.ds(work.col, TILE)

@@ -2,10 +2,12 @@
 
 import functools
 import json
+import math
 from importlib import resources
 from typing import Literal
 
 from dsv3_jax.ops.hopper import Config
+from dsv3_jax.ops.quantize.formats import TILE
 
 Kind = Literal["matmul", "grouped_matmul", "wgrad"]
 
@@ -19,14 +21,27 @@ SHAPES_671B = {
     "down": (7168, 2048),
 }
 
+_MULTIPROCESSORS = 132
+"""Of an H100 or H200, which all numbers here are of."""
+_TWO_WARPGROUPS_TAKE = {"matmul": 1.05, "grouped_matmul": 1.05, "wgrad": 1.15}
+"""Of the time that three take for as many rows of a large result."""
 
-def config_for(kind: Kind, m: int, n: int, k: int) -> Config:
-    """The cut of an [m, n] result over a reduction of k (of a group, where there are groups)."""
+
+def config_for(kind: Kind, m: int, n: int, k: int, groups: int = 1) -> Config:
+    """The cut of `groups` [m, n] results over a reduction of k (of a group), in grouped products of all their rows."""
     found = _tuned().get(f"{kind} {m} {n} {k}")
-    if found is not None:
-        return Config(**found)
-    # Three warpgroups hide promotion best, and clusters spare L2; two warpgroups waste less of a small result.
-    return Config(rows=128) if m < 2 * 192 else Config(rows=192, cluster=2)
+    return Config(**found) if found is not None else _by_rule(kind, groups * m, n)
+
+
+def _by_rule(kind: Kind, m: int, n: int) -> Config:
+    """Three warpgroups hide promotion best, unless two leave fewer multiprocessors idle at the end. The weights of many
+    groups keep L2 busy, which clusters spare."""
+
+    def cost(rows: int) -> float:
+        rounds = math.ceil(math.ceil(m / rows) * math.ceil(n / TILE) / _MULTIPROCESSORS)
+        return rounds * rows * (_TWO_WARPGROUPS_TAKE[kind] if rows == 128 else 1)
+
+    return Config(rows=min((192, 128), key=cost), cluster=2 if kind == "grouped_matmul" else 1)
 
 
 @functools.cache
