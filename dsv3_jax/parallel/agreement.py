@@ -1,21 +1,34 @@
 """What all processes of a run have to know alike. Every process calls these, in the same order."""
 
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
 
 _PADDED_TO = 1024
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
+def ask_any_process(flag: bool) -> bool | Bool[Array, ""]:
+    """Whether the flag is set in any process: an answer that the devices give after what they were given before."""
     if jax.process_count() == 1:
         return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    mesh = Mesh(np.reshape(devices, (jax.process_count(), -1)), ("process", "local"))
+    flags = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("process")), np.asarray([flag]))
+    return _any(NamedSharding(mesh, PartitionSpec()))(flags)
+
+
+def runs_in_order() -> bool:
+    """Whether devices run what they are given in its order. CPUs run side by side what does not depend on each other,
+    and collectives between processes must not meet."""
+    return jax.default_backend() != "cpu" or jax.process_count() == 1
 
 
 def all_processes(value: Any) -> list[Any]:
@@ -42,3 +55,8 @@ def local_part(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> tup
     if shape[dim] % size or start % size or held != size:
         raise ValueError(f"the devices of a process hold {sorted(set(slices))} of {shape[dim]}: not one of equal parts")
     return start // size, shape[dim] // size
+
+
+@functools.cache
+def _any(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(jnp.any, out_shardings=sharding)

@@ -1,23 +1,22 @@
 """The training loop: data, steps, checkpoints, signals, and the report of every step."""
 
 import logging
-import signal
 import time
+from collections import deque
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from types import FrameType
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 from rich.console import Console
 
 from dsv3_jax.checkpoint.training import Checkpoints, Restored
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.parallel.agreement import any_process
+from dsv3_jax.parallel.agreement import runs_in_order
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.pipeline_stages import step_in_words
 from dsv3_jax.train.batches import Batches
@@ -27,6 +26,7 @@ from dsv3_jax.train.report import NoReporter, Reporter
 from dsv3_jax.train.schedules import bias_update_speed, learning_rate, mtp_weight
 from dsv3_jax.train.state import TrainState, abstract_state, init_state
 from dsv3_jax.train.step import Knobs, Step, StepReport, make_step
+from dsv3_jax.train.stop import Stop
 from dsv3_jax.train.text import Text, open_text
 from dsv3_jax.train.throughput import Throughput, measure_throughput
 
@@ -88,14 +88,32 @@ def train(config: Config, console: Console | None = None) -> Finished:
         text = open_text(config, mesh, restored and len(restored.progress["data"]))
         run = _Run(config, mesh, text, checkpoints, restored)
         resumed = None if restored is None else restored.step
-        with _Stop() as stop, _reporter(config, resumed, console) as reporter:
+        with Stop() as stop, _reporter(config, resumed, console) as reporter:
             reporter.message(_opening(config, mesh, text, resumed))
             interrupted = run.take_steps(stop, reporter)
     return Finished(run.state, run.average, text, mesh, run.progress, run.batches.rows_taken, interrupted)
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """A step that the devices were given, and may still be at."""
+
+    number: int
+    sequences: int
+    tokens: Int[Array, "microbatches batch seq"]
+    knobs: Knobs
+    shown: dict[str, float]
+    report: StepReport
+    started: float
+
+
 class _Run:
-    """The parts of a run that change from step to step."""
+    """The parts of a run that change from step to step.
+
+    The devices are given the next step before the report of the one they are at has come, so that they do not wait for
+    the host. What the host must see in between, it sees: nothing is sent past a step after which a checkpoint is due or
+    the profile begins or ends, nor past any step where an average of the weights is kept.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, text: Text, checkpoints: Checkpoints, restored: Restored | None):
         self.config, self.mesh, self.text, self.checkpoints = config, mesh, text, checkpoints
@@ -116,69 +134,107 @@ class _Run:
         self.batches = Batches(text.streams, config.batch, mesh, self.progress.rows)
         self.throughput.tokens = self.progress.tokens
         self.throughput.device_seconds = self.progress.device_seconds
+        self.sends_ahead = self.average is None and runs_in_order()
+        self._first = self.progress.step
+        self._tokens_sent = self.progress.tokens
+        self._under_way: deque[_Sent] = deque()
+        self._settled_at = 0.0
+        self._no_overflow = jax.device_put(np.int32(0), NamedSharding(mesh, PartitionSpec()))
         self._steps: dict[float, Step] = {}
 
-    def take_steps(self, stop: "_Stop", reporter: Reporter | NoReporter) -> bool:
+    def take_steps(self, stop: Stop, reporter: Reporter | NoReporter) -> bool:
         """Run to the last step, or until told to stop; returns whether it was."""
-        first = self.progress.step
         while self.progress.step < self.config.steps:
-            self._profile(self.progress.step - first, reporter)
-            reporter.record(self._take_step())
-            self._refuse_endless_failure()
+            self._profile(reporter)
+            if self.sends_ahead:
+                stop.ask()  # answered between the step under way and the next
+            self._send()
+            self._settle(reporter)
             interrupted = stop.requested()
-            if interrupted or self._save_is_due():
+            while interrupted and self._under_way:
+                self._settle(reporter)
+            if interrupted or self._save_is_due(self.progress.step):
                 self._save()
             if interrupted:
                 reporter.message(f"stopped by SIGTERM after step {self.progress.step}; continue with --resume auto")
                 return True
-        self._profile(self.progress.step - first, reporter)
+        self._profile(reporter)
         return False
 
-    def _profile(self, steps: int, reporter: Reporter | NoReporter) -> None:
+    def _profile(self, reporter: Reporter | NoReporter) -> None:
         """Start and stop the trace, in process 0, after so many steps of this start."""
         if not self.config.profile or jax.process_index() != 0:
             return
+        steps = self.progress.step - self._first
         if steps == _PROFILED_STEPS[0]:
             jax.profiler.start_trace(self.config.output_dir + "/profile", create_perfetto_trace=True)
         elif steps == _PROFILED_STEPS[1]:
             jax.profiler.stop_trace()
             reporter.message(f"profile of three steps in {self.config.output_dir}/profile")
 
-    def _take_step(self) -> dict[str, Any]:
+    def _send(self) -> None:
+        """Give the devices the next step, and the one after it where they may have it already."""
+        while len(self._under_way) < (2 if self.sends_ahead else 1):
+            last = self._under_way[-1].number if self._under_way else self.progress.step
+            if last >= self.config.steps or (self._under_way and self._must_see(last)):
+                return
+            started = time.perf_counter()
+            sequences = self.config.batch.sequences_at(self._tokens_sent)
+            tokens = self.batches.take(sequences)
+            knobs, shown = _knobs(self.config, self._tokens_sent)
+            self._tokens_sent += sequences * self.config.batch.seq_len
+            self._launch(_Sent(last + 1, sequences, tokens, knobs, shown, None, started))
+
+    def _must_see(self, step: int) -> bool:
+        """Whether the host needs the state as it is after this step."""
+        profiled = self.config.profile and step - self._first in _PROFILED_STEPS
+        return profiled or self._save_is_due(step)
+
+    def _launch(self, sent: _Sent) -> None:
+        factor = self.progress.buffer_factor
+        if factor not in self._steps:
+            self._steps = {factor: make_step(self.config, self.mesh, factor)}
+        before = self._under_way[-1].report.losses.overflow if self._under_way else self._no_overflow
+        self.state, report = self._steps[factor](self.state, sent.tokens, replace(sent.knobs, overflow_before=before))
+        self._under_way.append(replace(sent, report=report))
+
+    def _settle(self, reporter: Reporter | NoReporter) -> None:
+        """Wait for the oldest step under way, and count and report it."""
         config, progress = self.config, self.progress
-        sequences = config.batch.sequences_at(progress.tokens)
-        started = time.perf_counter()
-        tokens = self.batches.take(sequences)
-        knobs, shown = _knobs(config, progress.tokens)
-        report = self._apply(tokens, knobs)
-        taken = sequences * config.batch.seq_len
+        report = self._wait_without_overflow()
+        sent = self._under_way.popleft()
+        taken = sent.sequences * config.batch.seq_len
         finite = bool(report.applied)
         if finite and self.average is not None:
             self.average.update(self.state.params)
         progress.step += 1
         progress.tokens += taken
         progress.bad_steps = 0 if finite else progress.bad_steps + 1
-        timing = self.throughput.record(taken, time.perf_counter() - started)
+        now = time.perf_counter()
+        timing = self.throughput.record(taken, now - max(sent.started, self._settled_at))
+        self._settled_at = now
         progress.device_seconds = self.throughput.device_seconds
-        return _row(progress, report, shown, timing)
+        reporter.record(_row(progress, report, sent.shown, timing))
+        self._refuse_endless_failure()
 
-    def _apply(self, tokens: Array, knobs: Knobs) -> StepReport:
-        """One step; again with a larger buffer where the expert exchange overflowed, so that no token is lost."""
+    def _wait_without_overflow(self) -> StepReport:
+        """The report of the oldest step under way; it runs again with a larger buffer where the expert exchange
+        overflowed, so that no token is lost, and so does what came after it, which changed nothing."""
         while True:
-            factor = self.progress.buffer_factor
-            if factor not in self._steps:
-                self._steps = {factor: make_step(self.config, self.mesh, factor)}
-            self.state, report = self._steps[factor](self.state, tokens, knobs)
-            report = jax.device_get(report)
+            report = jax.device_get(self._under_way[0].report)
             overflow = int(report.losses.overflow)
             if not overflow:
                 return report
-            self.progress.buffer_factor = 2 * factor
+            factor = 2 * self.progress.buffer_factor
+            self.progress.buffer_factor = factor
             self.progress.reruns += 1
             logger.warning(
                 "step %d: %d rows exceeded the expert buffer; run again with expert_buffer_factor=%g",
-                self.progress.step + 1, overflow, 2 * factor,
+                self.progress.step + 1, overflow, factor,
             )  # fmt: skip
+            again, self._under_way = self._under_way, deque()
+            for sent in again:
+                self._launch(sent)
 
     def _refuse_endless_failure(self) -> None:
         bad, most = self.progress.bad_steps, self.config.max_bad_steps
@@ -189,8 +245,7 @@ class _Run:
                 f"the checkpoints in {self.checkpoints.folder}"
             )
 
-    def _save_is_due(self) -> bool:
-        step = self.progress.step
+    def _save_is_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 or step == self.config.steps
 
     def _save(self) -> None:
@@ -204,30 +259,6 @@ class _Run:
         for number, rows in self.text.streams.mine.items():
             # A number that is not there belongs to other settings, which every stream's state names.
             rows.set_state(states[min(number, len(states) - 1)])
-
-
-class _Stop:
-    """Whether SIGTERM has asked any process of the run to stop. Once it has, another changes nothing, also after the
-    loop: schedulers send several, and one that ends a process on its way out makes the job a failed one."""
-
-    def __init__(self) -> None:
-        self._asked = self._stopping = False
-
-    def __enter__(self) -> "_Stop":
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._stopping:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self._asked = True
-
-    def requested(self) -> bool:
-        """True in every process once it is in one."""
-        self._stopping = any_process(self._asked)
-        return self._stopping
 
 
 def _knobs(config: Config, tokens: int) -> tuple[Knobs, dict[str, float]]:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -31,11 +32,14 @@ from dsv3_jax.train.state import TrainState, model_structure, state_specs
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Knobs:
-    """What the schedules say for this step."""
+    """What the schedules say for this step, and how the one before it went."""
 
     learning_rate: Float[Array, ""]
     bias_update_speed: Float[Array, ""]
     loss: LossWeights
+    overflow_before: Int[Array, ""] = field(default_factory=lambda: np.int32(0))
+    """`losses.overflow` of the step that made the state, where the host has not seen it: unless it is zero, that step
+    will run again, and this one changes nothing."""
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +59,8 @@ def make_step(config: Config, mesh: Mesh, buffer_factor: float | None = None, re
     """The compiled step: (state, tokens, knobs) -> (state, report). The state passed in is consumed.
 
     Tokens are [microbatches, sequences, seq], the sequences split over the mesh. A step whose loss or gradient is not
-    finite, or whose expert exchange overflowed its buffer, returns the state as it was. `recipe` is for studies of
-    precision="fp8"; None is the report's.
+    finite, or whose expert exchange overflowed its buffer, as that of the step before it did according to the knobs,
+    returns the state as it was. `recipe` is for studies of precision="fp8"; None is the report's.
     """
     specs = state_specs(config, mesh)
     tokens_spec = PartitionSpec(None, batch_axes(mesh.shape))
@@ -140,6 +144,7 @@ def _device_step(
     squares = jax.tree.map(lambda g, s: s.total(jnp.sum(g * g)), gradients, shardings)
     grad_norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
     applied = jnp.isfinite(report.loss) & jnp.isfinite(grad_norm) & (report.overflow == 0)
+    applied &= knobs.overflow_before == 0
     clip = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-6))
     gradients = jax.tree.map(lambda g: g * clip, gradients)
     params, moments = adamw_update(config.optimizer, state.params, gradients, state.moments, knobs.learning_rate)

@@ -29,8 +29,10 @@ from dsv3_jax.config import (
 from dsv3_jax.ops.permute import tile_rows
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train import loop
-from dsv3_jax.train.report import read_metrics
+from dsv3_jax.train.loss import LossReport
+from dsv3_jax.train.report import NoReporter, read_metrics
 from dsv3_jax.train.state import state_shardings
+from dsv3_jax.train.step import StepReport
 
 STEPS, SEQUENCES, SEQ_LEN, TOP_K = 3, 4, 32, 4
 
@@ -163,6 +165,61 @@ def test_full_expert_buffer_loses_no_token(overflowing_and_roomy):
     jax.tree.map(close, *(jax.device_get(run.finished.state.params) for run in (overflowing, roomy)))
 
 
+class Devices(NoReporter):
+    """Stands in for the step and for the reporter: what was sent and what was reported, in order, and the rows of every
+    step. Step `stop_at` is reported with a SIGTERM."""
+
+    def __init__(self, monkeypatch, stop_at=None):
+        self.events, self.rows, self.stop_at = [], [], stop_at
+        monkeypatch.setattr(loop, "make_step", lambda config, mesh, factor: self.step)
+        monkeypatch.setattr(loop, "_reporter", lambda *_: self)
+
+    def step(self, state, tokens, knobs):
+        self.events.append("sent")
+        self.rows.append(np.asarray(tokens))
+        one, none = np.float32(1), np.zeros(0, np.float32)
+        losses = LossReport(one, none, none, one, one, {"moe": np.ones((1, 16), np.int32)}, np.int32(0))
+        return state, StepReport(losses, one, np.bool_(True))
+
+    def record(self, row):
+        self.events.append(row["step"])
+        if row["step"] == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def with_steps(config, output, steps, **changes):
+    parallel = dataclasses.replace(config.parallel, devices=1, gpu=1)
+    changes = {"checkpoint": CheckpointConfig(every=4), **changes}
+    return dataclasses.replace(config, output_dir=str(output), parallel=parallel, steps=steps, **changes)
+
+
+def test_devices_have_the_next_step_before_the_last_is_reported_but_not_past_a_checkpoint(
+    config, tmp_path, monkeypatch
+):
+    devices = Devices(monkeypatch)
+    loop.train(with_steps(config, tmp_path, 6))
+    assert devices.events == ["sent", "sent", 1, "sent", 2, "sent", 3, 4, "sent", "sent", 5, 6]
+
+
+def test_averaged_weights_are_those_after_each_step(config, tmp_path, monkeypatch):
+    devices = Devices(monkeypatch)
+    loop.train(with_steps(config, tmp_path, 3, optimizer=OptimizerConfig(ema_decay=0.9)))
+    assert devices.events == ["sent", 1, "sent", 2, "sent", 3]
+
+
+def test_a_stopped_run_saves_the_steps_under_way_and_continues_with_the_next_rows(config, tmp_path, monkeypatch):
+    whole = Devices(monkeypatch)
+    loop.train(with_steps(config, tmp_path / "whole", 6))
+    stopped = Devices(monkeypatch, stop_at=2)
+    finished = loop.train(with_steps(config, tmp_path / "stopped", 6))
+    assert finished.interrupted
+    assert stopped.events == ["sent", "sent", 1, "sent", 2, 3]
+    rest = Devices(monkeypatch)
+    loop.train(with_steps(config, tmp_path / "stopped", 6, resume="auto"))
+    assert rest.events[-1] == 6
+    np.testing.assert_array_equal(stopped.rows + rest.rows, whole.rows)
+
+
 def resumed(run, **changes):
     return dataclasses.replace(run.config, resume="auto", steps=STEPS + 1, **changes)
 
@@ -198,21 +255,3 @@ def test_lack_of_memory_is_not_taken_for_a_damaged_checkpoint(overflowing_and_ro
     with pytest.raises(type(error), match=str(error)):
         loop.train(resumed(run), Console(quiet=True))
     assert files(run) == before
-
-
-def test_a_second_sigterm_does_not_end_a_run_that_saves_after_the_first():
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with loop._Stop() as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.requested()
-        os.kill(os.getpid(), signal.SIGTERM)  # by default it ends the process
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_a_run_that_nobody_stopped_leaves_sigterm_as_it_was():
-    before = signal.getsignal(signal.SIGTERM)
-    with loop._Stop() as stop:
-        assert not stop.requested()
-    assert signal.getsignal(signal.SIGTERM) == before

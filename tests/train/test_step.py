@@ -114,6 +114,15 @@ def test_step_that_overflows_the_expert_buffer_changes_nothing(two_devices):
     assert_same(jax.device_get(state), before)
 
 
+def test_step_after_one_that_overflowed_changes_nothing(two_devices):
+    config, mesh, step = two_devices
+    state = random_state(config, mesh)
+    before = jax.device_get(state)
+    state, report = step(state, batches()[0], dataclasses.replace(knobs(), overflow_before=np.int32(3)))
+    assert not report.applied
+    assert_same(jax.device_get(state), before)
+
+
 def test_non_finite_step_changes_nothing(two_devices):
     config, mesh, step = two_devices
     state = random_state(config, mesh)
