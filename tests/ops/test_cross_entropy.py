@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax.ops.chunk import chunk_tokens
 from dsv3_jax.ops.cross_entropy import chunked_cross_entropy
+from dsv3_jax.ops.cross_entropy.api import online_top_and_total, top_and_total
 from dsv3_jax.ops.weights import MixedWeight
 
 TOKENS, WIDTH, VOCAB = 60, 8, 50
@@ -126,3 +127,14 @@ def test_bf16_head_gets_the_float32_gradient(operands):
     d_logits = jax.nn.softmax(hidden[0].astype(jnp.float32) @ value.astype(jnp.float32)).at[label].add(-1)
     expected = 1001 * np.outer(one, np.float32(d_logits.astype(jnp.bfloat16)))
     np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+def test_one_reading_of_the_logits_finds_what_two_find():
+    rng = np.random.default_rng(0)
+    logits = (100 * rng.standard_normal((7, 300))).astype(np.float32)
+    logits[0], logits[1, 3], logits[2, 5] = -3e38, np.inf, np.nan
+    top, total = jax.jit(online_top_and_total)(logits)
+    expected_top, expected_total = jax.jit(top_and_total)(logits)
+    np.testing.assert_array_equal(top, expected_top)
+    # Sums of up to 300 numbers, in another order.
+    np.testing.assert_allclose(total, expected_total, rtol=1e-5)

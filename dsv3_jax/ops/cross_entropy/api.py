@@ -52,9 +52,10 @@ def chunked_cross_entropy(
 def _chunk_loss(h: Array, head: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
     """Loss and correct sums of a chunk, and the gradient of the loss with respect to its logits."""
     logits = matmul_f32(h, head)
-    top = logits.max(axis=-1, keepdims=True)
+    # XLA's CPU compiler does not vectorize a reduction of pairs.
+    top, total = jax.lax.platform_dependent(logits, cpu=top_and_total, default=online_top_and_total)
+    top, total = top[:, None], total[:, None]
     exps = jnp.exp(logits - top)
-    total = exps.sum(axis=-1, keepdims=True)
     label_logit = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     loss = (top + jnp.log(total))[:, 0] - label_logit
     correct = label_logit >= top[:, 0]
@@ -62,6 +63,26 @@ def _chunk_loss(h: Array, head: Array, labels: Array, weights: Array) -> tuple[A
     at_label = jnp.arange(logits.shape[1]) == labels[:, None]
     d_logits = exps * (weights[:, None] / total) - jnp.where(at_label, weights[:, None], 0)
     return (loss * weights).sum(), (correct * weights).sum(), d_logits
+
+
+Sums = tuple[Float[Array, " tokens"], Float[Array, " tokens"]]
+
+
+def top_and_total(logits: Float[Array, "tokens vocab"]) -> Sums:
+    """The largest logit of each token, and the sum of all exp(logit - largest)."""
+    top = logits.max(axis=-1)
+    return top, jnp.exp(logits - top[:, None]).sum(axis=-1)
+
+
+def online_top_and_total(logits: Float[Array, "tokens vocab"]) -> Sums:
+    """`top_and_total` from one reading of the logits."""
+
+    def combine(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        top = jnp.maximum(a[0], b[0])
+        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+    least = jnp.finfo(logits.dtype).min  # not -inf, whose difference with itself is no number
+    return jax.lax.reduce((logits, jnp.ones_like(logits)), (least, jnp.zeros((), logits.dtype)), combine, (1,))
 
 
 @jax.custom_vjp
