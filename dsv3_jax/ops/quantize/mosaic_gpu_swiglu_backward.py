@@ -96,8 +96,11 @@ def swiglu_quantize_backward(
             plgpu.barrier_wait(written)
 
             half, start = pl.ds(second * HALF, HALF), second * HALF
+            # Who has the output to quantize as well in this tile has not in the next.
+            turn = lax.rem(lax.div(i * tiles + j, jnp.int32(blocks)), jnp.int32(2))
+            gradient = lax.bitwise_xor(first, turn)
 
-            @pl.when(first == 0)
+            @pl.when(gradient == 0)
             def _output():
                 tile = plgpu.load(out_s.at[:, half].transpose((1, 0)), layout=LAYOUT)
                 plgpu.barrier_arrive(out_released.at[slot])
@@ -105,12 +108,12 @@ def swiglu_quantize_backward(
                 write(quantized, buffers, 1, out_columns, j * TILE + start, i, in_flight=0)
 
             refill_d_out()
-            tile = plgpu.load(gradients_s.at[first, half], layout=LAYOUT).astype(jnp.float32)
-            write(quantize_tile(tile), buffers, 0, d_rows, i * TILE + start, j + first * tiles)
-            tile = plgpu.load(gradients_s.at[first, :, half].transpose((1, 0)), layout=LAYOUT)
+            tile = plgpu.load(gradients_s.at[gradient, half], layout=LAYOUT).astype(jnp.float32)
+            write(quantize_tile(tile), buffers, 0, d_rows, i * TILE + start, j + gradient * tiles)
+            tile = plgpu.load(gradients_s.at[gradient, :, half].transpose((1, 0)), layout=LAYOUT)
             plgpu.barrier_arrive(read)
             quantized = quantize_tile(tile.astype(jnp.float32))
-            write(quantized, buffers, 1, d_columns, first * ff + j * TILE + start, i)
+            write(quantized, buffers, 1, d_columns, gradient * ff + j * TILE + start, i)
 
         plgpu.barrier_arrive(read)
         for_each_tile((rows // TILE, tiles), [(fetch, released), (fetch_d_out, out_released)], work)
