@@ -81,19 +81,24 @@ def measure(config: Config, steps: int, warmup: int) -> dict:
     step = make_step(config, mesh).lower(shapes, rows[0], KNOBS).compile()
     state = init_state(config, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    seconds, losses = [], []
+    ends, reports = [time.perf_counter()], []
     for tokens in jax.block_until_ready([jax.device_put(row) for row in rows]):
-        start = time.perf_counter()
-        state, report = jax.block_until_ready(step(state, tokens, KNOBS))
-        seconds.append(time.perf_counter() - start)
+        state, report = step(state, tokens, KNOBS)
+        reports.append(report)
+        if len(reports) > 1:  # one step ahead of the devices, as the training loop is
+            jax.block_until_ready(reports[-2])
+            ends.append(time.perf_counter())
+    jax.block_until_ready((state, reports))
+    ends.append(time.perf_counter())
+    reports = jax.device_get(reports)
+    for number, report in enumerate(reports, 1):
         if not report.applied:
-            raise RuntimeError(f"step {len(seconds)} was not applied: its loss is {report.losses.loss}")
-        losses.append(float(report.losses.loss))
+            raise RuntimeError(f"step {number} was not applied: its loss is {report.losses.loss}")
     device = jax.devices()[0]
     memory = device.memory_stats()  # None on CPU
     return {
-        "step_seconds": seconds[warmup:],
-        "losses": [losses[0], losses[-1]],
+        "step_seconds": np.diff(ends)[warmup:].tolist(),
+        "losses": [float(report.losses.loss) for report in (reports[0], reports[-1])],
         "parameters": parameters,
         "peak_bytes": memory and memory["peak_bytes_in_use"],
         "device": device.device_kind,

@@ -36,10 +36,16 @@ PEER_PARTS = (
     {"compile", "autotune", "plain"},
     {"bf16", "autocast"},
 )
-DEFAULT = ("dsv3_jax-bf16-none", "dsv3_jax-fp8-none", "causal_cudnn-grouped_mm-compile-bf16")
+ADDED_ATTENTION = ("causal_cudnn", "causal_sdpa")
+DEFAULT = (
+    "dsv3_jax-bf16-none",
+    "dsv3_jax-fp8-none",
+    "causal_cudnn-grouped_mm-compile-bf16",
+    "flex_attention-grouped_mm-compile-bf16",
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Speed:
     """What a contender reached: the median step of each round, the largest peak, the last round's losses; or why it did
     not run."""
@@ -59,6 +65,11 @@ class Speed:
     def is_ours(self) -> bool:
         """Whether the step is ours."""
         return self.name.startswith(OURS)
+
+    @property
+    def is_transformers_own(self) -> bool:
+        """Whether the step is theirs without an attention function that torch_peer.py adds."""
+        return not self.is_ours and not self.name.startswith(ADDED_ATTENTION)
 
 
 def contenders(text: str) -> list[str]:
@@ -201,7 +212,8 @@ def table(speeds: Sequence[Speed], task: Task, device: str) -> str:
             ratio,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    drawn = conclusions([s for s in speeds if s.is_ours and not s.error], theirs)
+    rivals = [theirs, fastest_of_theirs([s for s in speeds if s.is_transformers_own])]
+    drawn = conclusions([s for s in speeds if s.is_ours and not s.error], list(dict.fromkeys(filter(None, rivals))))
     return "\n".join([*lines, "", *drawn]) if drawn else "\n".join(lines)
 
 
@@ -210,16 +222,17 @@ def fastest_of_theirs(speeds: Sequence[Speed]) -> Speed | None:
     return min((s for s in speeds if not s.is_ours and not s.error), key=lambda s: s.seconds, default=None)
 
 
-def conclusions(ours: Sequence[Speed], theirs: Speed | None) -> list[str]:
-    """A line for each of ours: its speed and memory over those of the fastest of theirs."""
-    if theirs is None:
+def conclusions(ours: Sequence[Speed], rivals: Sequence[Speed]) -> list[str]:
+    """A line for each of ours and each rival: speed and memory over the rival's."""
+    if not rivals:
         return ["None of theirs was measured."]
     lines = []
     for speed in ours:
-        memory = ""
-        if speed.peak_bytes and theirs.peak_bytes:
-            memory = f", with {speed.peak_bytes / theirs.peak_bytes:.2f} of its peak memory"
-        lines.append(f"- {speed.name}: **{theirs.seconds / speed.seconds:.2f}** times {theirs.name}{memory}")
+        for theirs in rivals:
+            memory = ""
+            if speed.peak_bytes and theirs.peak_bytes:
+                memory = f", with {speed.peak_bytes / theirs.peak_bytes:.2f} of its peak memory"
+            lines.append(f"- {speed.name}: **{theirs.seconds / speed.seconds:.2f}** times {theirs.name}{memory}")
     return lines
 
 

@@ -6,6 +6,7 @@ small sizes.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -82,17 +83,24 @@ def train(model: torch.nn.Module, args: argparse.Namespace) -> tuple[list[float]
     update = optimizer_step(list(model.parameters()), args.weights)
     shape = (args.warmup + args.steps, args.batch, args.seq + 1)
     rows = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    seconds, losses = [], []
+    ends, losses, done = [time.perf_counter()], [], []
     for tokens in rows:
-        start = time.perf_counter()
         loss = loss_of(tokens)
         loss.backward()
         update()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
-    return seconds, losses
+        losses.append(loss.detach())
+        if DEVICE == "cpu":
+            ends.append(time.perf_counter())
+            continue
+        done.append(torch.cuda.Event())
+        done[-1].record()
+        if len(done) > 1:  # one step ahead of the device, as a training loop may be
+            done[-2].synchronize()
+            ends.append(time.perf_counter())
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+    return [end - start for start, end in itertools.pairwise(ends)], [loss.item() for loss in losses]
 
 
 def measure(args: argparse.Namespace) -> dict:
