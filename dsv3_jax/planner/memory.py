@@ -53,10 +53,10 @@ def state_memory(config: Config, sizes: Sizes) -> StateMemory:
 
 
 def argument_bytes(config: Config, sizes: Sizes) -> int:
-    """Bytes that the step with the whole batch is called with on each device: state, tokens, and the five numbers that
-    the schedules set, of which a model without MTP modules leaves out their weight."""
+    """Bytes that the step with the whole batch is called with on each device: state, tokens, the five numbers that the
+    schedules set, of which a model without MTP modules leaves out their weight, and the overflow before."""
     tokens = config.batch.sequences * config.batch.seq_len // math.prod(sizes[axis] for axis in batch_axes(sizes))
-    numbers = 5 if config.model.num_mtp_modules else 4
+    numbers = 6 if config.model.num_mtp_modules else 5
     return state_memory(config, sizes).total + 4 * tokens + 4 * numbers
 
 
