@@ -103,8 +103,9 @@ class _Sent:
     tokens: Int[Array, "microbatches batch seq"]
     knobs: Knobs
     shown: dict[str, float]
-    report: StepReport
     started: float
+    report: StepReport | None = None
+    """On the devices, once they were given the step."""
 
 
 class _Run:
@@ -183,7 +184,7 @@ class _Run:
             tokens = self.batches.take(sequences)
             knobs, shown = _knobs(self.config, self._tokens_sent)
             self._tokens_sent += sequences * self.config.batch.seq_len
-            self._launch(_Sent(last + 1, sequences, tokens, knobs, shown, None, started))
+            self._launch(_Sent(last + 1, sequences, tokens, knobs, shown, started))
 
     def _must_see(self, step: int) -> bool:
         """Whether the host needs the state as it is after this step."""
