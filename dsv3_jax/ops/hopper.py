@@ -16,6 +16,8 @@ from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array
 
 WARPGROUP_ROWS = 64
+MULTIPROCESSORS = 132
+"""Of an H100 or H200. On a card with another number kernels are correct, and work may be shared out less evenly."""
 
 
 @dataclass(frozen=True)

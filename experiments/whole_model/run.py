@@ -28,15 +28,16 @@ from dsv3_jax.planner.parameters import count_parameters
 
 HERE = Path(__file__).resolve().parent
 OURS = "dsv3_jax"
+# UNMASKED of torch_peer.py, which needs torch.
+ADDED_ATTENTION = ("causal_cudnn", "causal_sdpa")
 # What a contender's name is made of, ours and theirs.
 PARTS = ({OURS}, {*PRECISIONS}, {*RECOMPUTE})
 PEER_PARTS = (
-    {"causal_cudnn", "causal_sdpa", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "eager"},
+    {*ADDED_ATTENTION, "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "eager"},
     {"grouped_mm", "batched_mm", "eager", "sonicmoe", "deepgemm"},
     {"compile", "autotune", "plain"},
     {"bf16", "autocast"},
 )
-ADDED_ATTENTION = ("causal_cudnn", "causal_sdpa")
 DEFAULT = (
     "dsv3_jax-bf16-none",
     "dsv3_jax-fp8-none",
@@ -45,7 +46,7 @@ DEFAULT = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Speed:
     """What a contender reached: the median step of each round, the largest peak, the last round's losses; or why it did
     not run."""
@@ -212,8 +213,9 @@ def table(speeds: Sequence[Speed], task: Task, device: str) -> str:
             ratio,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    rivals = [theirs, fastest_of_theirs([s for s in speeds if s.is_transformers_own])]
-    drawn = conclusions([s for s in speeds if s.is_ours and not s.error], list(dict.fromkeys(filter(None, rivals))))
+    their_own = fastest_of_theirs([s for s in speeds if s.is_transformers_own])
+    rivals = [theirs] if their_own in (None, theirs) else [theirs, their_own]
+    drawn = conclusions([s for s in speeds if s.is_ours and not s.error], rivals if theirs else [])
     return "\n".join([*lines, "", *drawn]) if drawn else "\n".join(lines)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.ops import fp8_matmul as products
+from dsv3_jax.ops.fp8_matmul import mosaic_gpu
+from dsv3_jax.ops.fp8_matmul.tiles import config_for
 from dsv3_jax.ops.quantize import quantize_blocks, quantize_columns, quantize_rows
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -69,9 +71,6 @@ def test_the_compiler_puts_no_products_in_sequence():
 
 def compile_kernels(reductions):
     """Dense, grouped and weight gradient products with reductions of these lengths."""
-    from dsv3_jax.ops.fp8_matmul import mosaic_gpu
-    from dsv3_jax.ops.fp8_matmul.tiles import config_for
-
     f8, f32, shape = jnp.float8_e4m3fn, jnp.float32, jax.ShapeDtypeStruct
     for k in reductions:
         blocks = -(-k // 128)

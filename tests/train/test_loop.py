@@ -166,19 +166,23 @@ def test_full_expert_buffer_loses_no_token(overflowing_and_roomy):
 
 
 class Devices(NoReporter):
-    """Stands in for the step and for the reporter: what was sent and what was reported, in order, and the rows of every
-    step. Step `stop_at` is reported with a SIGTERM."""
+    """Stands in for the step and for the reporter: what was sent and what was reported, in order, and the rows and the
+    overflow before of every step sent. Step `stop_at` is reported with a SIGTERM; the n-th sent overflows, if
+    `overflows_at` is n."""
 
-    def __init__(self, monkeypatch, stop_at=None):
-        self.events, self.rows, self.stop_at = [], [], stop_at
+    def __init__(self, monkeypatch, stop_at=None, overflows_at=None):
+        self.events, self.rows, self.overflows_before = [], [], []
+        self.stop_at, self.overflows_at = stop_at, overflows_at
         monkeypatch.setattr(loop, "make_step", lambda config, mesh, factor: self.step)
         monkeypatch.setattr(loop, "_reporter", lambda *_: self)
 
     def step(self, state, tokens, knobs):
         self.events.append("sent")
         self.rows.append(np.asarray(tokens))
+        self.overflows_before.append(int(knobs.overflow_before))
+        overflow = np.int32(5 if len(self.rows) == self.overflows_at else 0)
         one, none = np.float32(1), np.zeros(0, np.float32)
-        losses = LossReport(one, none, none, one, one, {"moe": np.ones((1, 16), np.int32)}, np.int32(0))
+        losses = LossReport(one, none, none, one, one, {"moe": np.ones((1, 16), np.int32)}, overflow)
         return state, StepReport(losses, one, np.bool_(True))
 
     def record(self, row):
@@ -201,7 +205,20 @@ def test_devices_have_the_next_step_before_the_last_is_reported_but_not_past_a_c
     assert devices.events == ["sent", "sent", 1, "sent", 2, "sent", 3, 4, "sent", "sent", 5, 6]
 
 
-def test_averaged_weights_are_those_after_each_step(config, tmp_path, monkeypatch):
+def test_step_that_overflowed_and_the_one_sent_after_it_run_again_in_their_order(config, tmp_path, monkeypatch):
+    whole = Devices(monkeypatch)
+    loop.train(with_steps(config, tmp_path / "whole", 4))
+    again = Devices(monkeypatch, overflows_at=2)
+    finished = loop.train(with_steps(config, tmp_path / "again", 4))
+    assert again.events == ["sent", "sent", 1, "sent", "sent", "sent", 2, "sent", 3, 4]
+    # Step 3 was told of the overflow of step 2; neither was when they ran again.
+    assert again.overflows_before == [0, 0, 5, 0, 0, 0]
+    np.testing.assert_array_equal(again.rows, [whole.rows[i] for i in (0, 1, 2, 1, 2, 3)])
+    assert finished.progress.reruns == 1
+    assert finished.progress.buffer_factor == 2 * config.parallel.expert_buffer_factor
+
+
+def test_no_step_is_sent_ahead_where_weights_are_averaged(config, tmp_path, monkeypatch):
     devices = Devices(monkeypatch)
     loop.train(with_steps(config, tmp_path, 3, optimizer=OptimizerConfig(ema_decay=0.9)))
     assert devices.events == ["sent", 1, "sent", 2, "sent", 3]

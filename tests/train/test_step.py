@@ -119,6 +119,9 @@ def test_step_after_one_that_overflowed_changes_nothing(two_devices):
     state = random_state(config, mesh)
     before = jax.device_get(state)
     state, report = step(state, batches()[0], dataclasses.replace(knobs(), overflow_before=np.int32(3)))
+    assert int(report.losses.overflow) == 0, "nothing else keeps the step from being applied"
+    assert np.isfinite(report.losses.loss)
+    assert np.isfinite(report.grad_norm)
     assert not report.applied
     assert_same(jax.device_get(state), before)
 

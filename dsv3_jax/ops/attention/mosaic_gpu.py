@@ -13,6 +13,7 @@ from dsv3_jax.ops.attention import mosaic_gpu_backward as backward
 from dsv3_jax.ops.attention.kernel_parts import first_of_segment, last_of_segment
 from dsv3_jax.ops.attention.mosaic_gpu_backward import BackwardConfig, attention_backward
 from dsv3_jax.ops.attention.mosaic_gpu_forward import ForwardConfig, attention_forward
+from dsv3_jax.ops.hopper import MULTIPROCESSORS
 from dsv3_jax.ops.rotary import Rotations, rotate_heads
 
 WIDTHS = (128, 64, 128)
@@ -25,7 +26,7 @@ Residuals = tuple[Array, Array, Array, Rotations, Array | None, Array, Array]
 class Kernels:
     """How both passes run."""
 
-    num_sms: int = 132
+    num_sms: int = MULTIPROCESSORS
     """Multiprocessors of the GPU."""
     forward: ForwardConfig = field(default_factory=ForwardConfig)
     backward: BackwardConfig = field(default_factory=BackwardConfig)

@@ -37,7 +37,7 @@ from dsv3_jax.ops.attention.kernel_parts import (
     of_one_segment,
 )
 from dsv3_jax.ops.attention.worklists import locate, worklists
-from dsv3_jax.ops.hopper import WARPGROUP_ROWS, lowered_once, operand, producer_and_consumers
+from dsv3_jax.ops.hopper import MULTIPROCESSORS, WARPGROUP_ROWS, lowered_once, operand, producer_and_consumers
 
 _WGMMA, _ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
@@ -76,7 +76,7 @@ def attention_forward(
     *,
     scale: float,
     config: ForwardConfig,
-    num_sms: int = 132,
+    num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> tuple[Float[Array, "batch seq heads v"], Float[Array, "batch heads padded_seq"]]:
     """Output, and the log-sum-exp of the scaled scores in units of log 2, padded to whole tiles.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 from dsv3_jax.ops.fp8_matmul.scaled_product import Problem, Work, scaled_product
 from dsv3_jax.ops.groups import group_bounds
-from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, lowered_once
+from dsv3_jax.ops.hopper import MULTIPROCESSORS, WARPGROUP_ROWS, Config, lowered_once
 from dsv3_jax.ops.quantize.formats import TILE
 
 
@@ -24,7 +24,7 @@ def matmul(
     config: Config,
     tile_group: Int[Array, " tiles"] | None = None,
     dtype: jnp.dtype = jnp.bfloat16,
-    num_sms: int = 132,
+    num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> Float[Array, "m n"]:
     """a @ b^T, where b has one scale a 128x128 block.
@@ -67,7 +67,7 @@ def wgrad(
     *,
     config: Config,
     total: Float[Array, "groups m n"] | None = None,
-    num_sms: int = 132,
+    num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> Float[Array, "groups m n"]:
     """a @ b^T over the 128-token tiles bounds[g] to bounds[g + 1] of each group g, in float32, added to `total`.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, in_turns, operand, through_slots, walk
+from dsv3_jax.ops.hopper import MULTIPROCESSORS, WARPGROUP_ROWS, Config, Store, in_turns, operand, through_slots, walk
 from dsv3_jax.ops.quantize.formats import E4M3, TILE
 
 _STORED_BYTES = 256
@@ -45,8 +45,8 @@ class Work:
     count: Array | int
     """Blocks of 128 columns."""
     end: Array | None = None
-    """The first row that is another group's, before which a tile that has any rows begins; None where all rows are its
-    own."""
+    """The first row that is another group's: a tile that begins there has no rows, and is skipped. None where all rows
+    are its own."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def scaled_product(
     out: jax.ShapeDtypeStruct,
     config: Config,
     total: Array | None = None,
-    num_sms: int = 132,
+    num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> Array:
     """Run a problem; `index` is what its `work` reads, `total` is added to. Operands are [..., rows, k]."""

@@ -6,7 +6,7 @@ import math
 from importlib import resources
 from typing import Literal
 
-from dsv3_jax.ops.hopper import Config
+from dsv3_jax.ops.hopper import MULTIPROCESSORS, Config
 from dsv3_jax.ops.quantize.formats import TILE
 
 Kind = Literal["matmul", "grouped_matmul", "wgrad"]
@@ -21,10 +21,8 @@ SHAPES_671B = {
     "down": (7168, 2048),
 }
 
-_MULTIPROCESSORS = 132
-"""Of an H100 or H200, which all numbers here are of."""
 _TWO_WARPGROUPS_TAKE = {"matmul": 1.05, "grouped_matmul": 1.05, "wgrad": 1.15}
-"""Of the time that three take for as many rows of a large result."""
+"""Of the time that three take for as many rows of a large result, as measured on an H100."""
 
 
 def config_for(kind: Kind, m: int, n: int, k: int, groups: int = 1) -> Config:
@@ -38,7 +36,7 @@ def _by_rule(kind: Kind, m: int, n: int) -> Config:
     groups keep L2 busy, which clusters spare."""
 
     def cost(rows: int) -> float:
-        rounds = math.ceil(math.ceil(m / rows) * math.ceil(n / TILE) / _MULTIPROCESSORS)
+        rounds = math.ceil(math.ceil(m / rows) * math.ceil(n / TILE) / MULTIPROCESSORS)
         return rounds * rows * (_TWO_WARPGROUPS_TAKE[kind] if rows == 128 else 1)
 
     return Config(rows=min((192, 128), key=cost), cluster=2 if kind == "grouped_matmul" else 1)

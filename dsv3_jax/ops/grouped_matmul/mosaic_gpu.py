@@ -15,7 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.hopper import WARPGROUP_ROWS, Config, Store, in_turns, lowered_once, operand, through_slots, walk
+from dsv3_jax.ops.hopper import (
+    MULTIPROCESSORS,
+    WARPGROUP_ROWS,
+    Config,
+    Store,
+    in_turns,
+    lowered_once,
+    operand,
+    through_slots,
+    walk,
+)
 
 DEFAULT = Config(rows=128, cols=256)
 _STEP = 64
@@ -43,7 +53,7 @@ def grouped_product(
     *,
     transposed: bool = False,
     config: Config = DEFAULT,
-    num_sms: int = 132,
+    num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> Float[Array, "m n"]:
     """Each tile of 128 rows times the weight of its group, or times its transpose ([groups, n, k]).
@@ -108,7 +118,7 @@ def grouped_wgrad(
     bounds: Int[Array, " groups_and_1"],
     *,
     config: Config = DEFAULT,
-    num_sms: int = 132,
+    num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> Float[Array, "groups m n"]:
     """x^T @ dy over the 128-row tiles bounds[g] to bounds[g + 1] of each group g, in float32."""

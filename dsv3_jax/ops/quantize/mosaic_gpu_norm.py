@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
-from dsv3_jax.ops.hopper import lowered_once
+from dsv3_jax.ops.hopper import MULTIPROCESSORS, lowered_once
 from dsv3_jax.ops.quantize.formats import E4M3, TILE, Tiled
-from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import MULTIPROCESSORS, launch, quantize_tile
+from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import launch, quantize_tile
 
 ROWS = 4
 """Of a warpgroup, one for each warp."""

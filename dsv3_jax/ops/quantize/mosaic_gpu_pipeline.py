@@ -23,8 +23,6 @@ WARPGROUPS = 2
 """In most blocks."""
 HALF = TILE // 2
 """Rows or columns of a tile that a warpgroup takes at once."""
-MULTIPROCESSORS = 132
-"""Of an H100 or H200. On a card with another number the kernels are correct, and blocks are shared out less evenly."""
 
 LAYOUT = plgpu.Layout.WGMMA
 ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)

@@ -6,12 +6,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
-from dsv3_jax.ops.hopper import lowered_once
+from dsv3_jax.ops.hopper import MULTIPROCESSORS, lowered_once
 from dsv3_jax.ops.quantize.formats import TILE, Tiled
 from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     HALF,
     LAYOUT,
-    MULTIPROCESSORS,
     ROWS,
     WARPGROUPS,
     for_each_tile,

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
-from dsv3_jax.ops.hopper import lowered_once
+from dsv3_jax.ops.hopper import MULTIPROCESSORS, lowered_once
 from dsv3_jax.ops.quantize.formats import E4M3, TILE, SwiGLUBackward, Tiled
 from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     HALF,
     LAYOUT,
-    MULTIPROCESSORS,
     ROWS,
     for_each_tile,
     launch,

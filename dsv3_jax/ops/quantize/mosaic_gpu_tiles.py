@@ -6,13 +6,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16
 
-from dsv3_jax.ops.hopper import lowered_once
+from dsv3_jax.ops.hopper import MULTIPROCESSORS, lowered_once
 from dsv3_jax.ops.quantize.formats import E4M3, TILE, Tiled
 from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     COLUMNS,
     HALF,
     LAYOUT,
-    MULTIPROCESSORS,
     WARPGROUPS,
     for_each_tile,
     launch,
