@@ -36,11 +36,14 @@ def matmul(
     n = b.shape[-2]
     k_blocks = pl.cdiv(k, TILE)
 
-    def dense_work(_: Any, group: Array, row: Array, col: Array) -> Work:
+    def fetch(tiles_ref: Any, _: Array, row: Array) -> tuple[Array, ...]:
+        return tuple(tiles_ref[i, row] for i in range(3)) if grouped else ()
+
+    def dense_work(_: tuple[()], group: Array, row: Array, col: Array) -> Work:
         return Work(row * config.rows, col * TILE, group, jnp.int32(0), k_blocks)
 
-    def grouped_work(tiles_ref: Any, _: Array, row: Array, col: Array) -> Work:
-        first, end, group = (tiles_ref[i, row] for i in range(3))
+    def grouped_work(fetched: tuple[Array, ...], _: Array, row: Array, col: Array) -> Work:
+        first, end, group = fetched
         return Work(first * WARPGROUP_ROWS, col * TILE, group, jnp.int32(0), k_blocks, end * WARPGROUP_ROWS)
 
     def block_scale(scales_ref: Any, work: Work, k_block: Array) -> Array:
@@ -52,7 +55,7 @@ def matmul(
     index = _row_tiles(tile_group, b.shape[0], config.rows) if grouped else jnp.zeros(1, jnp.int32)
     row_tiles = index.shape[1] if grouped else pl.cdiv(m, config.rows)
     name, work = ("fp8_grouped_matmul", grouped_work) if grouped else ("fp8_matmul", dense_work)
-    problem = Problem(name, (1, row_tiles, pl.cdiv(n, TILE)), work, block_scale)
+    problem = Problem(name, (1, row_tiles, pl.cdiv(n, TILE)), fetch, work, block_scale, ahead=grouped)
     out = jax.ShapeDtypeStruct((m, n), dtype)
     return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, num_sms=num_sms, interpret=interpret)
 
@@ -77,15 +80,18 @@ def wgrad(
     m, n = a.shape[0], b.shape[0]
     groups = 1 if bounds is None else bounds.shape[0] - 1
 
-    def work(bounds_ref: Any, group: Array, row: Array, col: Array) -> Work:
+    def fetch(bounds_ref: Any, group: Array, _: Array) -> tuple[Array, ...]:
+        return () if bounds is None else (bounds_ref[group], bounds_ref[group + 1])
+
+    def work(fetched: tuple[Array, ...], group: Array, row: Array, col: Array) -> Work:
         at = (row * config.rows, col * TILE, group)
         if bounds is None:
             return Work(*at, jnp.int32(0), pl.cdiv(a.shape[1], TILE))
-        first = bounds_ref[group]
-        return Work(*at, first, bounds_ref[group + 1] - first)
+        first, end = fetched
+        return Work(*at, first, end - first)
 
     name = "fp8_wgrad" if bounds is None else "fp8_grouped_wgrad"
-    problem = Problem(name, (groups, pl.cdiv(m, config.rows), pl.cdiv(n, TILE)), work, block_scale=None)
+    problem = Problem(name, (groups, pl.cdiv(m, config.rows), pl.cdiv(n, TILE)), fetch, work, block_scale=None)
     out = jax.ShapeDtypeStruct((groups, m, n), jnp.float32)
     index = jnp.zeros(1, jnp.int32) if bounds is None else bounds
     return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, total, num_sms, interpret)

@@ -57,11 +57,15 @@ class Problem:
     """In profiles."""
     grid: tuple[int, int, int]
     """Groups that are walked one after the other, and rows and columns of tiles of each."""
+    fetch: Callable[..., tuple[Array, ...]]
+    """(index_ref, group, row tile) -> what `work` needs from global memory."""
     work: Callable[..., Work]
-    """(index_ref, group, row tile, column tile) -> Work."""
+    """(what was fetched, group, row tile, column tile) -> Work."""
     block_scale: Callable[..., Array] | None
     """(b_scales_ref, Work, block) -> the scale of a 128x128 block of b; None where b has a scale for each of its rows
     in each block, which comes into shared memory with it."""
+    ahead: bool = False
+    """Whether those who compute fetch while earlier tiles are computed: hides reading memory, costs registers."""
 
 
 def scaled_product(
@@ -77,7 +81,7 @@ def scaled_product(
     num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> Array:
-    """Run a problem; `index` is what its `work` reads, `total` is added to. Operands are [..., rows, k]."""
+    """Run a problem; `index` is what its `fetch` reads, `total` is added to. Operands are [..., rows, k]."""
     if config.cols != TILE:
         raise ValueError(f"cols={config.cols}: FP8 products are cut into tiles of {TILE} columns, the width of a scale")
     groups, row_tiles, col_tiles = problem.grid
@@ -99,8 +103,36 @@ def scaled_product(
             def _(info):
                 group = jnp.int32(0) if groups == 1 else info.index[0]
                 row, col = walk(info.index[-1], tiles, config.band)
-                work = problem.work(index_ref, group, row, col * config.cluster + mate)
+                fetched = problem.fetch(index_ref, group, row)
+                work = problem.work(fetched, group, row, col * config.cluster + mate)
                 f(work) if work.end is None else pl.when(work.row < work.end)(lambda: f(work))
+
+        def for_each_tile_ahead(f: Callable[[Work, Array], None]) -> None:
+            """Calls f with each tile and its first scale, which come from global memory while earlier tiles are
+            computed: a tile's place two tiles before, its scale one before."""
+            block, blocks, last = lax.axis_index("sm"), lax.axis_size("sm"), math.prod(tiles) - 1
+
+            def place(turn: Array) -> tuple[Array, ...]:
+                row, col = walk(lax.min(block + turn * blocks, jnp.int32(last)), tiles, config.band)
+                return row, col * config.cluster + mate, *problem.fetch(index_ref, jnp.int32(0), row)
+
+            def work_at(row: Array, col: Array, *fetched: Array) -> Work:
+                return problem.work(fetched, jnp.int32(0), row, col)
+
+            def tile(turn: Array, carry: tuple[tuple[Array, ...], tuple[Array, ...], Array]) -> Any:
+                now, following, scale = carry
+                later, following_scale = place(turn + 2), scale_of(work_at(*following), jnp.int32(0))
+                work = work_at(*now)
+                f(work, scale) if work.end is None else pl.when(work.row < work.end)(lambda: f(work, scale))
+                return following, later, following_scale
+
+            first = place(jnp.int32(0))
+            start = first, place(jnp.int32(1)), scale_of(work_at(*first), jnp.int32(0))
+            turns = lax.div(last - block + blocks, jnp.int32(blocks))  # none of a block that the tiles do not reach
+            lax.fori_loop(0, turns, tile, start)
+
+        def scale_of(work: Work, i: Array) -> Array | None:
+            return problem.block_scale and problem.block_scale(bs_ref, work, work.first + i)
 
         def load_tile(work: Work) -> None:
             rows, cols = pl.ds(work.row, config.rows), pl.ds(work.col, TILE)
@@ -118,15 +150,12 @@ def scaled_product(
 
             in_turns(work.count, stages, load)
 
-        def compute_tile(work: Work) -> None:
+        def compute_tile(work: Work, first_scale: Array | None = None) -> None:
             mine = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-
-            def scale_of(i: Array) -> Array | None:
-                return problem.block_scale and problem.block_scale(bs_ref, work, work.first + i)
 
             def step(i, slot, carry):
                 sums, scale = carry
-                following = scale_of(lax.min(i + 1, jnp.int32(work.count - 1)))
+                following = scale_of(work, lax.min(i + 1, jnp.int32(work.count - 1)))
                 # Nothing may come between the fresh accumulator and its product: the compiler would put a fence there.
                 plgpu.barrier_wait(full.at[slot])
                 row_scale = plgpu.load(as_s.at[slot, mine], layout=plgpu.Layout.WGMMA.reduce(1))
@@ -146,7 +175,8 @@ def scaled_product(
 
             zeros = jnp.zeros((WARPGROUP_ROWS, chunk), jnp.float32)
             zeros = [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(TILE // chunk)]
-            sums, _ = in_turns(work.count, stages, step, (zeros, scale_of(jnp.int32(0))))
+            first_scale = scale_of(work, jnp.int32(0)) if first_scale is None else first_scale
+            sums, _ = in_turns(work.count, stages, step, (zeros, first_scale))
             out_of = out_ref.at[work.group] if len(out.shape) == 3 else out_ref
             row = work.row + wg * WARPGROUP_ROWS
 
@@ -155,7 +185,8 @@ def scaled_product(
 
             write() if work.end is None else pl.when(row < work.end)(write)
 
-        through_slots(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
+        each_computed = for_each_tile_ahead if problem.ahead else for_each_tile
+        through_slots(config, empty, lambda: for_each_tile(load_tile), lambda: each_computed(compute_tile))
 
     arrivals = 4 if problem.block_scale is None else 3
     run = plgpu.kernel(
