@@ -55,7 +55,9 @@ def matmul(
     index = _row_tiles(tile_group, b.shape[0], config.rows) if grouped else jnp.zeros(1, jnp.int32)
     row_tiles = index.shape[1] if grouped else pl.cdiv(m, config.rows)
     name, work = ("fp8_grouped_matmul", grouped_work) if grouped else ("fp8_matmul", dense_work)
-    problem = Problem(name, (1, row_tiles, pl.cdiv(n, TILE)), fetch, work, block_scale, ahead=grouped)
+    # Three warpgroups that fetch ahead would lack registers without a cluster: ptxas then puts wgmmas in sequence.
+    ahead = grouped and config.cluster > 1
+    problem = Problem(name, (1, row_tiles, pl.cdiv(n, TILE)), fetch, work, block_scale, ahead)
     out = jax.ShapeDtypeStruct((m, n), dtype)
     return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, num_sms=num_sms, interpret=interpret)
 

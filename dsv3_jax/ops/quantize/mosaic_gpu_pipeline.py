@@ -29,9 +29,9 @@ ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)
 """A value per row of a tile in registers, and one per column."""
 
 
-def staging(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
+def staging(shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int = 128) -> plgpu.SMEM:
     """Shared memory for tiles, swizzled so that neither rows nor columns collide in a bank."""
-    transforms = (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -115,12 +115,13 @@ def for_each_tile(
 def quantize_tile(
     x: Float[Array, "*rows 128"], power_of_2: bool = False
 ) -> tuple[Float8e4m3fn[Array, "*rows 128"], Float[Array, "*rows"]]:
-    """Float32 tiles in registers to FP8, and their scales: the reference's numbers.
+    """Float32 or BF16 tiles in registers to FP8, and their scales: the reference's numbers.
 
-    No clip is needed: what is multiplied by 448 / amax rounds to 448 at most.
+    BF16 is widened after its largest magnitude is found, two numbers at a time. No clip is needed: what is multiplied
+    by 448 / amax rounds to 448 at most.
     """
-    scale, inverse = scale_and_inverse(jnp.abs(x).max(axis=-1), power_of_2)
-    return (x * lax.broadcast_in_dim(inverse, x.shape, range(x.ndim - 1))).astype(E4M3), scale
+    scale, inverse = scale_and_inverse(jnp.abs(x).max(axis=-1).astype(jnp.float32), power_of_2)
+    return (x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, range(x.ndim - 1))).astype(E4M3), scale
 
 
 def scale_and_inverse(amax: Float[Array, "*tiles"], power_of_2: bool = False) -> tuple[Array, Array]:

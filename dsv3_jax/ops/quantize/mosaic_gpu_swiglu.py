@@ -64,7 +64,7 @@ def swiglu_quantize(
             plgpu.barrier_wait(fetched.at[slot])
             row = i * TILE + start
             for half in range(2):
-                tile = plgpu.load(hidden_s.at[slot, half, mine], layout=LAYOUT).astype(jnp.float32)
+                tile = plgpu.load(hidden_s.at[slot, half, mine], layout=LAYOUT)
                 write(quantize_tile(tile), buffers, half, kept, row, j + half * gate_tiles)
             gate, up = (plgpu.load(hidden_s.at[slot, half, mine], layout=LAYOUT) for half in range(2))
             row_weights = plgpu.load(weights_s.at[slot, mine], layout=ROWS) if weighted else None

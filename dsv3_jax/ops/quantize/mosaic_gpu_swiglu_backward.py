@@ -24,8 +24,9 @@ from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
 from dsv3_jax.ops.quantize.mosaic_gpu_swiglu import APPROXIMATE, sigmoid
 
 WARPGROUPS = 4
-CHUNK = 16
-"""Columns whose intermediate results are in registers at once."""
+PIECE = 32
+"""Columns that a warpgroup computes at once. Of more, intermediate results would not fit into 128 registers, and what
+leaves them comes back from beyond the L1 cache, most of which is shared memory here."""
 
 
 @lowered_once("blocks", "interpret")
@@ -40,8 +41,8 @@ def swiglu_quantize_backward(
     """All five results of the reference in one pass.
 
     A block takes a 128x128 tile of the gate, of the up half and of `d_out`. Each of its four warpgroups computes a
-    quarter of the output, which replaces `d_out` in shared memory, and of the two gradients, all in BF16. Then they
-    share out the halves that there are to quantize:
+    quarter of the output, which replaces `d_out` in shared memory, and of the two gradients, all in BF16 and piece by
+    piece. Then they share out the halves that there are to quantize:
 
         copy engine       |                          | fetch gate, up i+1 | fetch d_out i+1 | write the five results
         warpgroups 0, 1   | a quarter of the results | output columns     | d_gate rows     | d_gate columns
@@ -50,13 +51,13 @@ def swiglu_quantize_backward(
     rows, ff = d_out.shape
     tiles = ff // TILE
     weighted = weights is not None
-    partials_type = [jax.ShapeDtypeStruct((2 * tiles, rows), jnp.float32)] if weighted else []
+    partials_type = [jax.ShapeDtypeStruct((tiles, rows), jnp.float32)] if weighted else []
 
     def kernel(hidden_g, hidden_scales_g, d_out_g, *refs):
         weights_g, refs = (refs[0], refs[1:]) if weighted else (None, refs)
         d_rows, d_columns, out_columns, refs = refs[:2], refs[2:4], refs[4:6], refs[6:]
         partials_g, refs = (refs[0], refs[1:]) if weighted else (None, refs)
-        hidden_s, hidden_scales_s, out_s, gradients_s, weights_s, values_s, scales_s, *barriers = refs
+        hidden_s, hidden_scales_s, out_s, gradients_s, weights_s, partials_s, values_s, scales_s, *barriers = refs
         fetched, d_out_fetched, released, out_released, written, read = barriers
         buffers = values_s, scales_s
         warpgroup = lax.axis_index("warpgroup")
@@ -80,16 +81,21 @@ def swiglu_quantize_backward(
             quarter = pl.ds(first * HALF, HALF), pl.ds(second * HALF, HALF)
             plgpu.barrier_wait(fetched.at[slot])
             scales = [plgpu.load(hidden_scales_s.at[half, quarter[0]], layout=ROWS) for half in range(2)]
-            gate_up = [plgpu.load(hidden_s.at[half, *quarter], layout=LAYOUT) for half in range(2)]
             row_weights = plgpu.load(weights_s.at[quarter[0]], layout=ROWS) if weighted else None
-            plgpu.barrier_arrive(released.at[slot])
             plgpu.barrier_wait(d_out_fetched.at[slot])
-            d_out = plgpu.load(out_s.at[quarter], layout=LAYOUT)
-            *results, d_weights = _in_chunks(*gate_up, *scales, d_out, row_weights)
             plgpu.barrier_wait(read)
-            out_s[quarter], gradients_s[0, *quarter], gradients_s[1, *quarter] = results
+            d_weights = []
+            for start in range(0, HALF, PIECE):
+                piece = quarter[0], pl.ds(second * HALF + start, PIECE)
+                inputs = [plgpu.load(hidden_s.at[half, *piece], layout=LAYOUT) for half in range(2)]
+                if start + PIECE == HALF:
+                    plgpu.barrier_arrive(released.at[slot])
+                d_out = plgpu.load(out_s.at[piece], layout=LAYOUT)
+                *results, of_piece = _backward(*inputs, *scales, d_out, row_weights)
+                out_s[piece], gradients_s[0, *piece], gradients_s[1, *piece] = results
+                d_weights.append(of_piece)
             if weighted:
-                partials_g[2 * j + second, pl.ds(i * TILE + first * HALF, HALF)] = d_weights
+                partials_s[second, quarter[0]] = sum(d_weights[1:], d_weights[0])
             plgpu.barrier_arrive(written)
             refill()
             plgpu.barrier_wait(written)
@@ -103,15 +109,22 @@ def swiglu_quantize_backward(
             def _output():
                 tile = plgpu.load(out_s.at[:, half].transpose((1, 0)), layout=LAYOUT)
                 plgpu.barrier_arrive(out_released.at[slot])
-                quantized = quantize_tile(tile.astype(jnp.float32))
+                quantized = quantize_tile(tile)
                 write(quantized, buffers, 1, out_columns, j * TILE + start, i, in_flight=0)
 
+            if weighted:
+
+                @pl.when(gradient == 1)
+                def _weights():
+                    both = [plgpu.load(partials_s.at[n, half], layout=ROWS) for n in range(2)]
+                    partials_g[j, pl.ds(i * TILE + start, HALF)] = both[0] + both[1]
+
             refill_d_out()
-            tile = plgpu.load(gradients_s.at[gradient, half], layout=LAYOUT).astype(jnp.float32)
+            tile = plgpu.load(gradients_s.at[gradient, half], layout=LAYOUT)
             write(quantize_tile(tile), buffers, 0, d_rows, i * TILE + start, j + gradient * tiles)
             tile = plgpu.load(gradients_s.at[gradient, :, half].transpose((1, 0)), layout=LAYOUT)
             plgpu.barrier_arrive(read)
-            quantized = quantize_tile(tile.astype(jnp.float32))
+            quantized = quantize_tile(tile)
             write(quantized, buffers, 1, d_columns, gradient * ff + j * TILE + start, i)
 
         plgpu.barrier_arrive(read)
@@ -119,11 +132,12 @@ def swiglu_quantize_backward(
         plgpu.barrier_wait(read)
 
     scratch = [
-        plgpu.SMEM((2, TILE, TILE), E4M3, transforms=(plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF))),
+        staging((2, TILE, TILE), E4M3, swizzle=32),
         plgpu.SMEM((2, TILE), jnp.float32),
-        staging((TILE, TILE), d_out.dtype),
-        staging((2, TILE, TILE), d_out.dtype),
+        staging((TILE, TILE), d_out.dtype, swizzle=64),
+        staging((2, TILE, TILE), d_out.dtype, swizzle=64),
         plgpu.SMEM((TILE,), jnp.float32),
+        plgpu.SMEM((2, TILE), jnp.float32),
         *output_staging(buffers=2, warpgroups=WARPGROUPS),
         plgpu.Barrier(num_arrivals=4 + weighted, num_barriers=1),
         plgpu.Barrier(num_barriers=1),
@@ -147,26 +161,21 @@ def swiglu_quantize_backward(
     return SwiGLUBackward(*pairs, outputs[6].sum(axis=0) if weighted else None)
 
 
-def _in_chunks(
+def _backward(
     gate: Array, up: Array, gate_scales: Array, up_scales: Array, d_out: Array, weights: Array | None
-) -> list[Array | None]:
-    """Output, gradient of gate and of up, all in the type of `d_out`, and of the weights, of [64, 64] in registers.
-
-    A few columns after the other, since all intermediate results at once are more than there are registers.
-    """
-    shape = HALF, CHUNK
-    gate_scales, up_scales = (lax.broadcast_in_dim(scales, shape, [0]) for scales in (gate_scales, up_scales))
-    chunks, products = [], []
-    for start in range(0, HALF, CHUNK):
-        g, u, d = (x[:, start : start + CHUNK].astype(jnp.float32) for x in (gate, up, d_out))
-        g, u = g * gate_scales, u * up_scales
-        s = sigmoid(g)
-        silu = g * s
-        out = silu * u
-        if weights is not None:
-            products.append(d * out)
-            row_weights = lax.broadcast_in_dim(weights, shape, [0])
-            out, d = out * row_weights, d * row_weights
-        chunks.append([x.astype(d_out.dtype) for x in (out, d * u * (s + silu * (1 - s)), d * silu)])
-    d_weights = sum(products[1:], products[0]).sum(axis=1) if products else None
-    return [*(jnp.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True)), d_weights]
+) -> tuple[Array, Array, Array, Array | None]:
+    """Output, gradient of gate and of up, all in the type of `d_out`, and of the weights, of a piece in registers."""
+    g, u = (
+        values.astype(jnp.float32) * lax.broadcast_in_dim(scales, values.shape, [0])
+        for values, scales in ((gate, gate_scales), (up, up_scales))
+    )
+    d, d_weights = d_out.astype(jnp.float32), None
+    s = sigmoid(g)
+    silu = g * s
+    out = silu * u
+    if weights is not None:
+        d_weights = (d * out).sum(axis=1)
+        row_weights = lax.broadcast_in_dim(weights, d.shape, [0])
+        out, d = out * row_weights, d * row_weights
+    results = out, d * u * (s + silu * (1 - s)), d * silu
+    return *(x.astype(d_out.dtype) for x in results), d_weights

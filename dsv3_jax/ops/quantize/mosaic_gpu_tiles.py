@@ -59,14 +59,14 @@ def quantize(
         def work(slot, i, j, refill):
             plgpu.barrier_wait(fetched.at[slot])
             if along_rows:
-                tile = plgpu.load(x_s.at[slot, pl.ds(start, HALF)], layout=LAYOUT).astype(jnp.float32)
+                tile = plgpu.load(x_s.at[slot, pl.ds(start, HALF)], layout=LAYOUT)
                 if not along_columns:
                     plgpu.barrier_arrive(released.at[slot])
                 quantized = quantize_tile(tile, power_of_2)
                 write(quantized, buffers, 0 if both else slot, outputs[:2], i * TILE + start, j)
             if along_columns:
                 transposed = x_s.at[slot, :, pl.ds(start, HALF)].transpose((1, 0))
-                tile = plgpu.load(transposed, layout=LAYOUT).astype(jnp.float32)
+                tile = plgpu.load(transposed, layout=LAYOUT)
                 plgpu.barrier_arrive(released.at[slot])
                 quantized = quantize_tile(tile, power_of_2)
                 write(quantized, buffers, 1 if both else slot, outputs[-2:], j * TILE + start, i)
@@ -86,7 +86,7 @@ def quantize(
 
 
 @lowered_once("blocks", "interpret")
-def retile(x: Tiled, *, blocks: int = 2 * MULTIPROCESSORS, interpret: plgpu.InterpretGPUParams | None = None) -> Tiled:
+def retile(x: Tiled, *, blocks: int = MULTIPROCESSORS, interpret: plgpu.InterpretGPUParams | None = None) -> Tiled:
     """From tiles along the features to tiles along the rows, transposed.
 
     Hopper has no transposing load of bytes, so a warpgroup widens the values of its 64 features to float16, which holds
