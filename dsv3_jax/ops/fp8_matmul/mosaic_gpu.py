@@ -93,7 +93,8 @@ def wgrad(
         return Work(*at, first, end - first)
 
     name = "fp8_wgrad" if bounds is None else "fp8_grouped_wgrad"
-    problem = Problem(name, (groups, pl.cdiv(m, config.rows), pl.cdiv(n, TILE)), fetch, work, block_scale=None)
+    grid = groups, pl.cdiv(m, config.rows), pl.cdiv(n, TILE)
+    problem = Problem(name, grid, fetch, work, block_scale=None, ahead=bounds is not None)
     out = jax.ShapeDtypeStruct((groups, m, n), jnp.float32)
     index = jnp.zeros(1, jnp.int32) if bounds is None else bounds
     return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, total, num_sms, interpret)

@@ -110,14 +110,17 @@ def scaled_product(
         def for_each_tile_ahead(f: Callable[[Work, Array], None]) -> None:
             """Calls f with each tile and its first scale, which come from global memory while earlier tiles are
             computed: a tile's place two tiles before, its scale one before."""
-            block, blocks, last = lax.axis_index("sm"), lax.axis_size("sm"), math.prod(tiles) - 1
+            block, blocks, of_group = lax.axis_index("sm"), lax.axis_size("sm"), math.prod(tiles)
+            last = groups * of_group - 1
 
             def place(turn: Array) -> tuple[Array, ...]:
-                row, col = walk(lax.min(block + turn * blocks, jnp.int32(last)), tiles, config.band)
-                return row, col * config.cluster + mate, *problem.fetch(index_ref, jnp.int32(0), row)
+                index = lax.min(block + turn * blocks, jnp.int32(last))
+                group = lax.div(index, jnp.int32(of_group)) if groups > 1 else jnp.int32(0)
+                row, col = walk(index - group * of_group, tiles, config.band)
+                return group, row, col * config.cluster + mate, *problem.fetch(index_ref, group, row)
 
-            def work_at(row: Array, col: Array, *fetched: Array) -> Work:
-                return problem.work(fetched, jnp.int32(0), row, col)
+            def work_at(group: Array, row: Array, col: Array, *fetched: Array) -> Work:
+                return problem.work(fetched, group, row, col)
 
             def tile(turn: Array, carry: tuple[tuple[Array, ...], tuple[Array, ...], Array]) -> Any:
                 now, following, scale = carry
