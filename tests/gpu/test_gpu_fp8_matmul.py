@@ -79,8 +79,7 @@ def test_the_compiler_puts_no_products_in_sequence():
 
 
 def compile_kernels(reductions):
-    """Dense, grouped and weight gradient products with reductions of these lengths, and a grouped weight gradient, whose
-    groups are of any length."""
+    """Dense, grouped and weight gradient products with reductions of these lengths, and a weight gradient of groups."""
     f8, f32, shape = jnp.float8_e4m3fn, jnp.float32, jax.ShapeDtypeStruct
     for k in reductions:
         blocks = -(-k // 128)
