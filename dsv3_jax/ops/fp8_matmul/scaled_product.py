@@ -86,6 +86,7 @@ def scaled_product(
         raise ValueError(f"cols={config.cols}: FP8 products are cut into tiles of {TILE} columns, the width of a scale")
     groups, row_tiles, col_tiles = problem.grid
     tiles = (row_tiles, pl.cdiv(col_tiles, config.cluster))
+    of_group = math.prod(tiles)
     chunk = _CHUNK if problem.block_scale is None else TILE
     width = min(TILE, _STORED_BYTES // jnp.dtype(out.dtype).itemsize)
     store = Store(TILE, chunk, out.dtype, out.shape[-1], width, slots=1)
@@ -96,46 +97,42 @@ def scaled_product(
         mate = lax.axis_index("mate") if config.cluster > 1 else 0
         together = "mate" if config.cluster > 1 else None
 
-        def for_each_tile(f: Callable[[Work], None]) -> None:
-            each = (math.prod(tiles),) if groups == 1 else (groups, math.prod(tiles))
+        def place(index: Array) -> tuple[Array, ...]:
+            group = lax.div(index, jnp.int32(of_group)) if groups > 1 else jnp.int32(0)
+            row, col = walk(index - group * of_group, tiles, config.band)
+            return group, row, col * config.cluster + mate, *problem.fetch(index_ref, group, row)
 
-            @plgpu.nd_loop(each, collective_axes="sm")
+        def work_at(group: Array, row: Array, col: Array, *fetched: Array) -> Work:
+            return problem.work(fetched, group, row, col)
+
+        def scale_of(work: Work, i: Array) -> Array | None:
+            return problem.block_scale and problem.block_scale(bs_ref, work, work.first + i)
+
+        def for_each_tile(f: Callable[[Work], None]) -> None:
+            @plgpu.nd_loop((groups * of_group,), collective_axes="sm")
             def _(info):
-                group = jnp.int32(0) if groups == 1 else info.index[0]
-                row, col = walk(info.index[-1], tiles, config.band)
-                fetched = problem.fetch(index_ref, group, row)
-                work = problem.work(fetched, group, row, col * config.cluster + mate)
+                work = work_at(*place(info.index[0]))
                 f(work) if work.end is None else pl.when(work.row < work.end)(lambda: f(work))
 
-        def for_each_tile_ahead(f: Callable[[Work, Array], None]) -> None:
+        def for_each_tile_ahead(f: Callable[[Work, Array | None], None]) -> None:
             """Calls f with each tile and its first scale, which come from global memory while earlier tiles are
             computed: a tile's place two tiles before, its scale one before."""
-            block, blocks, of_group = lax.axis_index("sm"), lax.axis_size("sm"), math.prod(tiles)
-            last = groups * of_group - 1
+            block, blocks, last = lax.axis_index("sm"), lax.axis_size("sm"), groups * of_group - 1
 
-            def place(turn: Array) -> tuple[Array, ...]:
-                index = lax.min(block + turn * blocks, jnp.int32(last))
-                group = lax.div(index, jnp.int32(of_group)) if groups > 1 else jnp.int32(0)
-                row, col = walk(index - group * of_group, tiles, config.band)
-                return group, row, col * config.cluster + mate, *problem.fetch(index_ref, group, row)
+            def place_of(turn: Array) -> tuple[Array, ...]:
+                return place(lax.min(block + turn * blocks, jnp.int32(last)))
 
-            def work_at(group: Array, row: Array, col: Array, *fetched: Array) -> Work:
-                return problem.work(fetched, group, row, col)
-
-            def tile(turn: Array, carry: tuple[tuple[Array, ...], tuple[Array, ...], Array]) -> Any:
+            def tile(turn: Array, carry: tuple[tuple[Array, ...], tuple[Array, ...], Array | None]) -> Any:
                 now, following, scale = carry
-                later, following_scale = place(turn + 2), scale_of(work_at(*following), jnp.int32(0))
+                later, following_scale = place_of(turn + 2), scale_of(work_at(*following), jnp.int32(0))
                 work = work_at(*now)
                 f(work, scale) if work.end is None else pl.when(work.row < work.end)(lambda: f(work, scale))
                 return following, later, following_scale
 
-            first = place(jnp.int32(0))
-            start = first, place(jnp.int32(1)), scale_of(work_at(*first), jnp.int32(0))
+            first = place_of(jnp.int32(0))
+            start = first, place_of(jnp.int32(1)), scale_of(work_at(*first), jnp.int32(0))
             turns = lax.div(last - block + blocks, jnp.int32(blocks))  # none of a block that the tiles do not reach
             lax.fori_loop(0, turns, tile, start)
-
-        def scale_of(work: Work, i: Array) -> Array | None:
-            return problem.block_scale and problem.block_scale(bs_ref, work, work.first + i)
 
         def load_tile(work: Work) -> None:
             rows, cols = pl.ds(work.row, config.rows), pl.ds(work.col, TILE)
@@ -153,7 +150,7 @@ def scaled_product(
 
             in_turns(work.count, stages, load)
 
-        def compute_tile(work: Work, first_scale: Array | None = None) -> None:
+        def compute_tile(work: Work, first_scale: Array | None) -> None:
             mine = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
             def step(i, slot, carry):
@@ -178,7 +175,6 @@ def scaled_product(
 
             zeros = jnp.zeros((WARPGROUP_ROWS, chunk), jnp.float32)
             zeros = [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(TILE // chunk)]
-            first_scale = scale_of(work, jnp.int32(0)) if first_scale is None else first_scale
             sums, _ = in_turns(work.count, stages, step, (zeros, first_scale))
             out_of = out_ref.at[work.group] if len(out.shape) == 3 else out_ref
             row = work.row + wg * WARPGROUP_ROWS
@@ -188,8 +184,13 @@ def scaled_product(
 
             write() if work.end is None else pl.when(row < work.end)(write)
 
-        each_computed = for_each_tile_ahead if problem.ahead else for_each_tile
-        through_slots(config, empty, lambda: for_each_tile(load_tile), lambda: each_computed(compute_tile))
+        def compute_each_tile() -> None:
+            if problem.ahead:
+                for_each_tile_ahead(compute_tile)
+            else:
+                for_each_tile(lambda work: compute_tile(work, scale_of(work, jnp.int32(0))))
+
+        through_slots(config, empty, lambda: for_each_tile(load_tile), compute_each_tile)
 
     arrivals = 4 if problem.block_scale is None else 3
     run = plgpu.kernel(

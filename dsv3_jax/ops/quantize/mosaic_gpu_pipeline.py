@@ -30,7 +30,8 @@ ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)
 
 
 def staging(shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int = 128) -> plgpu.SMEM:
-    """Shared memory for tiles, swizzled so that neither rows nor columns collide in a bank."""
+    """Shared memory for tiles, swizzled so that neither rows nor columns collide in a bank. Pieces of a tile begin and
+    end at multiples of `swizzle` bytes of its rows."""
     transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

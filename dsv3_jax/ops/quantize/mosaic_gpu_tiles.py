@@ -120,7 +120,7 @@ def retile(x: Tiled, *, blocks: int = MULTIPROCESSORS, interpret: plgpu.Interpre
         for_each_tile((rows // TILE, k // TILE), [(fetch, released)], work)
 
     scratch = [
-        plgpu.SMEM((2, TILE, TILE), E4M3, transforms=(plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF))),
+        staging((2, TILE, TILE), E4M3, swizzle=HALF),
         plgpu.SMEM((2, TILE), jnp.float32),
         staging((WARPGROUPS, TILE, HALF), jnp.float16),
         *output_staging(buffers=2),
