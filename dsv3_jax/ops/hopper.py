@@ -131,8 +131,9 @@ def in_turns(count: Array | int, stages: int, step: Callable[[Array, Array, Any]
     A slot's address is known but for a zero that is hidden from the compiler: it would keep all addresses in registers.
     """
     if isinstance(count, int):
-        # A single turn would become straight code, in which the compiler reads ahead more than registers can hold.
-        rounds = count // stages if count >= 2 * stages else 0
+        # A single turn, or few steps that are left over, would become straight code, in which the compiler reads ahead
+        # more than registers can hold.
+        rounds = count // stages if count >= 2 * stages and count % stages == 0 else 0
     else:
         rounds = lax.div(count, jnp.int32(stages))
 

@@ -31,6 +31,8 @@ _STORED_BYTES = 256
 """Of a row, in one slot of shared memory."""
 _CHUNK = 32
 """Columns promoted at a time where each has its scale: all of them would not fit into the registers."""
+_PREFETCHED_ROWS = 32
+"""Of the output, at a time: all at once would hold up the operands."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,16 @@ def scaled_product(
     num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> Array:
-    """Run a problem; `index` is what its `fetch` reads, `total` is added to. Operands are [..., rows, k]."""
+    """Run a problem; `index` is what its `fetch` reads, `total` is added to. Operands are [..., rows, k].
+
+    Raises ValueError for cuts that would compute wrong numbers.
+    """
     if config.cols != TILE:
         raise ValueError(f"cols={config.cols}: FP8 products are cut into tiles of {TILE} columns, the width of a scale")
+    if problem.block_scale is None and config.cluster > 1:
+        # To a cluster, one warp gives a slot back for its warpgroup. Products are done then, but another warp may not
+        # have read the column scales yet.
+        raise ValueError(f"cluster={config.cluster}: products with a scale for each row of b must run with cluster=1")
     groups, row_tiles, col_tiles = problem.grid
     tiles = (row_tiles, pl.cdiv(col_tiles, config.cluster))
     of_group = math.prod(tiles)
@@ -107,6 +116,9 @@ def scaled_product(
 
         def scale_of(work: Work, i: Array) -> Array | None:
             return problem.block_scale and problem.block_scale(bs_ref, work, work.first + i)
+
+        def out_of(work: Work) -> Any:
+            return out_ref.at[work.group] if len(out.shape) == 3 else out_ref
 
         def for_each_tile(f: Callable[[Work], None]) -> None:
             @plgpu.nd_loop((groups * of_group,), collective_axes="sm")
@@ -138,6 +150,12 @@ def scaled_product(
             rows, cols = pl.ds(work.row, config.rows), pl.ds(work.col, TILE)
             b_of = b_ref.at[work.group] if b.ndim == 3 else b_ref
 
+            def prefetch(i: Array) -> None:
+                """A part of what is added to, into L2, in each of a tile's last turns."""
+                part = i - (work.count - config.rows // _PREFETCHED_ROWS)
+                at = pl.ds(work.row + part * _PREFETCHED_ROWS, _PREFETCHED_ROWS), cols
+                plgpu.async_prefetch(out_of(work).at[at], predicate=part >= 0)
+
             def load(i: Array, slot: Array, _: None) -> None:
                 block = work.first + i
                 ks = pl.ds(block * TILE, TILE)
@@ -147,6 +165,8 @@ def scaled_product(
                 plgpu.copy_gmem_to_smem(as_ref.at[block, rows], as_s.at[slot], full.at[slot])
                 if problem.block_scale is None:
                     plgpu.copy_gmem_to_smem(bs_ref.at[block, cols], bs_s.at[slot], full.at[slot])
+                if add:
+                    prefetch(i)
 
             in_turns(work.count, stages, load)
 
@@ -176,11 +196,10 @@ def scaled_product(
             zeros = jnp.zeros((WARPGROUP_ROWS, chunk), jnp.float32)
             zeros = [plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in range(TILE // chunk)]
             sums, _ = in_turns(work.count, stages, step, (zeros, first_scale))
-            out_of = out_ref.at[work.group] if len(out.shape) == 3 else out_ref
             row = work.row + wg * WARPGROUP_ROWS
 
             def write() -> None:
-                store(sums, out_s.at[wg], out_of, row, work.col, add)
+                store(sums, out_s.at[wg], out_of(work), row, work.col, add)
 
             write() if work.end is None else pl.when(row < work.end)(write)
 

@@ -29,6 +29,7 @@ GROUPS = 4
 
 CANDIDATES = [Config(192, stages=4, band=band, cluster=cluster) for cluster in (1, 2) for band in (4, 8, 16)]
 CANDIDATES += [Config(128, stages=4, cluster=cluster) for cluster in (1, 2)]
+"""Weight gradients are never cut into clusters."""
 
 Problem = tuple[Kind, int, int, int]
 
@@ -91,7 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tiles.json"))
     args = parser.parse_args()
-    tried = [(problem, config) for problem in dict.fromkeys(problems()) for config in CANDIDATES]
+    tried = [
+        (problem, config)
+        for problem in dict.fromkeys(problems())
+        for config in CANDIDATES
+        if problem[0] != "wgrad" or config.cluster == 1
+    ]
     shapes = {pair: jax.eval_shape(partial(operands, pair[0], 0)) for pair in tried}
     compiled = compile_all({pair: product(pair[0][0], pair[1]) for pair in tried}, shapes)
     best: dict[str, dict[str, int]] = {}
