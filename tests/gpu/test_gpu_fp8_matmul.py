@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from products_numpy import calc_diff, numpy_blocks, numpy_rows
 
 from dsv3_jax.ops import fp8_matmul as products
 from dsv3_jax.ops.fp8_matmul import mosaic_gpu
-from dsv3_jax.ops.fp8_matmul.tiles import config_for
 from dsv3_jax.ops.hopper import Config
 from dsv3_jax.ops.quantize import quantize_blocks, quantize_columns, quantize_rows
 
@@ -97,37 +97,10 @@ def test_grouped_weight_gradients_where_a_group_has_no_tokens():
 def test_registers_suffice():
     """Where they do not, ptxas puts products in sequence (C7510 to C7514) or spills: up to four times the time."""
     environment = os.environ | {"MOSAIC_GPU_DUMP_PTXAS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, __file__, *map(str, REDUCTIONS)]
+    command = [sys.executable, Path(__file__).with_name("compile_fp8_products.py"), *map(str, REDUCTIONS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert said.count("Used ") >= 3 * len(REDUCTIONS) + 1, "ptxas did not report"
     assert [line for line in said.splitlines() if "serialized" in line] == []
     assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= SPILLED
-
-
-def compile_kernels(reductions):
-    """Dense, grouped and weight gradient products with reductions of these lengths, and a weight gradient of groups."""
-    f8, f32, shape = jnp.float8_e4m3fn, jnp.float32, jax.ShapeDtypeStruct
-    for k in reductions:
-        blocks = -(-k // 128)
-        a, a_scales = shape((8192, blocks * 128), f8), shape((blocks, 8192), f32)
-        b, b_scales = shape((64, 2048, blocks * 128), f8), shape((64, 16, blocks), f32)
-        groups = shape((64,), jnp.int32)
-        config = config_for("grouped_matmul", 8192, 2048, k)
-        run = jax.jit(lambda a, s, b, t, g, c=config: mosaic_gpu.matmul(a, s, b, t, tile_group=g, config=c))
-        run.lower(a, a_scales, b, b_scales, groups).compile()
-        config = config_for("matmul", 8192, 2048, k)
-        run = jax.jit(lambda a, s, b, t, c=config: mosaic_gpu.matmul(a, s, b, t, config=c))
-        run.lower(a, a_scales, shape(b.shape[1:], f8), shape(b_scales.shape[1:], f32)).compile()
-        config = config_for("wgrad", 8192, 2048, k)
-        run = jax.jit(lambda a, s, b, t, c=config: mosaic_gpu.wgrad(a, s, b, t, config=c))
-        run.lower(a, a_scales, shape(b.shape[1:], f8), shape((blocks, 2048), f32)).compile()
-    run = jax.jit(partial(mosaic_gpu.wgrad, config=config_for("wgrad", 2048, 1536, 1664, 64)))
-    scales = [shape((832, rows), f32) for rows in (2048, 1536)]
-    a, b = (shape((rows, 832 * 128), f8) for rows in (2048, 1536))
-    run.lower(a, scales[0], b, scales[1], shape((65,), jnp.int32)).compile()
-
-
-if __name__ == "__main__":
-    compile_kernels(map(int, sys.argv[1:]))

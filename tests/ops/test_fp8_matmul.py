@@ -157,7 +157,7 @@ def test_cuts_that_would_compute_wrong_numbers_are_refused():
 
 def test_kernels_lower_for_every_linear_of_the_671b_model():
     f8, f32 = jnp.float8_e4m3fn, jnp.float32
-    for n, k in SHAPES_671B.values():
+    for n, k in SHAPES_671B.linears.values():
         shapes = [(4096, k), (-(-k // 128), 4096), (n, k), (-(-n // 128), -(-k // 128))]
         avals = [jax.ShapeDtypeStruct(shape, f8 if i % 2 == 0 else f32) for i, shape in enumerate(shapes)]
         config = config_for("matmul", 4096, n, k)
@@ -169,7 +169,7 @@ def test_a_cut_leaves_few_multiprocessors_idle():
     # 55 tiles of 192 rows or 80 of 128: one round either way. 128 tiles of 192 are one round, 192 of 128 are two.
     assert config_for("wgrad", 2048, 576, 16384).rows == 128
     assert config_for("wgrad", 1536, 2048, 16384).rows == 192
-    assert config_for("wgrad", 2048, 576, 1664, groups=64).rows == 192
+    assert config_for("grouped_wgrad", 2048, 576, 1664, groups=64).rows == 192
 
 
 def test_naming_an_implementation_that_cannot_run_says_why():

@@ -131,7 +131,7 @@ def _tilewise(x: Tiled, dy: Tiled, bounds: Int[Array, " groups_and_1"] | None, t
         _whole_tiles(dy.values),
         dy.scales,
         bounds,
-        config=config_for("wgrad", *shape, groups),
+        config=config_for("wgrad" if bounds is None else "grouped_wgrad", *shape, groups),
         total=total,
         num_sms=multiprocessors(),
     )

@@ -19,10 +19,11 @@ from jaxtyping import Array
 
 from dsv3_jax.ops.fp8_matmul import mosaic_gpu, torch_peer
 from dsv3_jax.ops.fp8_matmul.tiles import SHAPES_671B, config_for
-from dsv3_jax.ops.fp8_matmul.tune import GROUPS, ROUTED_ROWS, TOKENS, Problem, compile_all, operands, product
+from dsv3_jax.ops.fp8_matmul.tune import Problem, compile_all, operands, product
 from dsv3_jax.ops.quantize import TILE, Tiled, dequantize
 from dsv3_jax.ops.timing import interleaved_medians, rotating, wait_for_all
 
+ROWS, ROUTED_ROWS, GROUPS = SHAPES_671B.rows, SHAPES_671B.routed_rows, SHAPES_671B.groups
 Row = tuple[str, dict[str, Callable[[], Any]], float]
 
 
@@ -47,10 +48,10 @@ def expected(problem: Problem, given: dict[str, Array]) -> Array:
 
 def dense_rows() -> Iterator[Row]:
     """Forward products beside PyTorch's."""
-    problems = {name: ("matmul", TOKENS, n, k) for name, (n, k) in SHAPES_671B.items()}
+    problems = {name: ("matmul", ROWS, n, k, 1) for name, (n, k) in SHAPES_671B.linears.items()}
     ours = compiled({name: (problem, product("matmul", config_for(*problem))) for name, problem in problems.items()})
     for name, problem in problems.items():
-        _, m, n, k = problem
+        _, m, n, k, _ = problem
         sets = [operands(problem, seed) for seed in range(2)]
         check(problem, ours[name], sets[0])
         contenders = {"ours": rotating(ours[name], sets), "torch": torch_peer.blockwise(m, n, k, False, 2)}
@@ -59,15 +60,15 @@ def dense_rows() -> Iterator[Row]:
 
 def wgrad_rows() -> Iterator[Row]:
     """Weight gradients added to float32, beside PyTorch's with its bf16 result."""
-    shapes = [(k, n, TOKENS) for n, k in SHAPES_671B.values()]
-    shapes += [(k, n, ROUTED_ROWS) for n, k in (SHAPES_671B["gate_up"], SHAPES_671B["down"])]
-    problems = {f"wgrad {m},{n} tokens {k}": ("wgrad", m, n, k) for m, n, k in shapes}
+    shapes = [(k, n, ROWS) for n, k in SHAPES_671B.linears.values()]
+    shapes += [(k, n, ROUTED_ROWS) for n, k in SHAPES_671B.experts.values()]
+    problems = {f"wgrad {m},{n} tokens {k}": ("wgrad", m, n, k, 1) for m, n, k in shapes}
 
     def adding(config: Any, total: Array, **given: Array) -> Array:
         return mosaic_gpu.wgrad(**given, config=config, total=total)
 
     for name, problem in problems.items():
-        _, m, n, k = problem
+        _, m, n, k, _ = problem
         sets = [operands(problem, seed) for seed in range(2)]
         config = config_for(*problem)
         plain = jax.jit(product("wgrad", config))
@@ -89,9 +90,9 @@ def wgrad_rows() -> Iterator[Row]:
 def grouped_rows() -> Iterator[Row]:
     """Grouped products beside our dense one on as many rows, and XLA's dense bf16 one."""
     skewed = jnp.asarray(np.repeat(np.arange(5), [100, 3, 129, 22, 2]), jnp.int32)  # the last two tiles hold nothing
-    for name in ("gate_up", "down"):
-        for n, k in (SHAPES_671B[name], SHAPES_671B[name][::-1]):
-            problem = ("grouped_matmul", ROUTED_ROWS, n, k)
+    for shape in SHAPES_671B.experts.values():
+        for n, k in (shape, shape[::-1]):
+            problem = ("grouped_matmul", ROUTED_ROWS, n, k, GROUPS)
             given = operands(problem, 0)
             run = jax.jit(product("grouped_matmul", config_for(*problem)))
             check(problem, run, given)

@@ -1,4 +1,5 @@
-"""Finds the fastest cut of every FP8 product of the 671B model and writes `tiles.json`: run on one Hopper GPU.
+"""Finds the fastest cut of every FP8 product of the models in `tiles.TUNED` and writes `tiles.json`: run on one Hopper
+GPU.
 
 python -m dsv3_jax.ops.fp8_matmul.tune
 """
@@ -18,56 +19,61 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_jax.ops.fp8_matmul import mosaic_gpu
-from dsv3_jax.ops.fp8_matmul.tiles import SHAPES_671B, Kind
+from dsv3_jax.ops.fp8_matmul.tiles import TUNED, Kind, Shapes, tiles_key
 from dsv3_jax.ops.hopper import Config
 from dsv3_jax.ops.quantize import TILE
 from dsv3_jax.ops.timing import interleaved_medians, rotating, wait_for_all
-
-TOKENS = 4096
-ROUTED_ROWS = 32768
-GROUPS = 4
 
 CANDIDATES = [Config(192, stages=4, band=band, cluster=cluster) for cluster in (1, 2) for band in (4, 8, 16)]
 CANDIDATES += [Config(128, stages=4, cluster=cluster) for cluster in (1, 2)]
 """Weight gradients are never cut into clusters."""
 
-Problem = tuple[Kind, int, int, int]
+Problem = tuple[Kind, int, int, int, int]
+"""Kind, rows, columns, reduction and groups, as `config_for` takes them."""
 
 
-def problems() -> Iterator[Problem]:
-    """Kind, rows, columns and reduction of every product of a forward and backward pass."""
-    for name, (n, k) in SHAPES_671B.items():
-        yield "matmul", TOKENS, n, k
-        yield "matmul", TOKENS, k, n
-        yield "wgrad", k, n, TOKENS
-        if name in ("gate_up", "down"):
-            yield "grouped_matmul", ROUTED_ROWS, n, k
-            yield "grouped_matmul", ROUTED_ROWS, k, n
-            yield "wgrad", k, n, ROUTED_ROWS // GROUPS
+def problems(shapes: Shapes) -> Iterator[Problem]:
+    """Every product of a forward and backward pass."""
+    for n, k in shapes.linears.values():
+        yield "matmul", shapes.rows, n, k, 1
+        yield "matmul", shapes.rows, k, n, 1
+        yield "wgrad", k, n, shapes.rows, 1
+    for n, k in shapes.experts.values():
+        yield "grouped_matmul", shapes.routed_rows, n, k, shapes.groups
+        yield "grouped_matmul", shapes.routed_rows, k, n, shapes.groups
+        yield "grouped_wgrad", k, n, shapes.routed_rows // shapes.groups, shapes.groups
+
+
+def candidates(kind: Kind) -> list[Config]:
+    """The cuts that are tried."""
+    clusters = (1,) if kind in ("wgrad", "grouped_wgrad") else (1, 2)
+    three = [Config(192, band=band, cluster=cluster) for cluster in clusters for band in (4, 8, 16)]
+    return three + [Config(128, cluster=cluster) for cluster in clusters]
 
 
 def product(kind: Kind, config: Config) -> Callable[..., Array]:
     """The kernel of a kind, of the operands that `operands` makes."""
-    if kind == "wgrad":
-        return partial(mosaic_gpu.wgrad, config=config)
-    return partial(mosaic_gpu.matmul, config=config)
+    return partial(mosaic_gpu.matmul if kind in ("matmul", "grouped_matmul") else mosaic_gpu.wgrad, config=config)
 
 
 def operands(problem: Problem, seed: int) -> dict[str, Array]:
     """Random operands: values of all magnitudes, scales around one; groups of equal size."""
-    kind, m, n, k = problem
+    kind, m, n, k, groups = problem
     keys = iter(jax.random.split(jax.random.key(seed), 4))
+    leading = (groups,) if kind == "grouped_matmul" else ()
+    k = k * groups if kind == "grouped_wgrad" else k
     tiles = -(-k // TILE)
-    groups = (GROUPS,) if kind == "grouped_matmul" else ()
-    b_scales = (tiles, n) if kind == "wgrad" else (*groups, -(-n // TILE), tiles)
+    b_scales = (tiles, n) if kind in ("wgrad", "grouped_wgrad") else (*leading, -(-n // TILE), tiles)
     found = {
         "a": values(next(keys), (m, k)),
         "a_scales": jax.random.uniform(next(keys), (tiles, m), minval=0.5, maxval=1.5),
-        "b": values(next(keys), (*groups, n, k)),
+        "b": values(next(keys), (*leading, n, k)),
         "b_scales": jax.random.uniform(next(keys), b_scales, minval=0.5, maxval=1.5),
     }
-    if groups:
-        found["tile_group"] = jnp.repeat(jnp.arange(GROUPS, dtype=jnp.int32), m // TILE // GROUPS)
+    if kind == "grouped_matmul":
+        found["tile_group"] = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), m // TILE // groups)
+    if kind == "grouped_wgrad":
+        found["bounds"] = jnp.arange(groups + 1, dtype=jnp.int32) * (tiles // groups)
     return found
 
 
@@ -87,29 +93,28 @@ def compile_all(functions: dict[Any, Callable], arguments: dict[Any, dict[str, A
         return dict(zip(functions, pool.map(one, functions), strict=True))
 
 
-def main() -> None:
-    """Tune every problem and write the fastest cuts."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tiles.json"))
-    args = parser.parse_args()
-    tried = [
-        (problem, config)
-        for problem in dict.fromkeys(problems())
-        for config in CANDIDATES
-        if problem[0] != "wgrad" or config.cluster == 1
-    ]
+def fastest(wanted: list[Problem]) -> Iterator[tuple[Problem, Config]]:
+    """Of each problem; prints what each candidate took."""
+    tried = [(problem, config) for problem in wanted for config in candidates(problem[0])]
     shapes = {pair: jax.eval_shape(partial(operands, pair[0], 0)) for pair in tried}
     compiled = compile_all({pair: product(pair[0][0], pair[1]) for pair in tried}, shapes)
-    best: dict[str, dict[str, int]] = {}
     for problem, pairs in itertools.groupby(tried, key=lambda pair: pair[0]):
         sets = [operands(problem, seed) for seed in range(2)]
         contenders = {config: rotating(compiled[problem, config], sets) for _, config in pairs}
         seconds = interleaved_medians(contenders, wait_for_all, burst=0.02, rounds=3)
-        fastest = min(seconds, key=seconds.get)
-        best[" ".join(map(str, problem))] = asdict(fastest)
         ranked = sorted(seconds.items(), key=lambda item: item[1])
         shown = (f"{c.rows} rows, band {c.band}, cluster {c.cluster}: {s * 1e6:.0f} us" for c, s in ranked)
         print(*problem, ":", "  ".join(shown), flush=True)
+        yield problem, ranked[0][0]
+
+
+def main() -> None:
+    """Tune every problem and write the fastest cuts."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tiles.json"))
+    args = parser.parse_args()
+    wanted = list(dict.fromkeys(itertools.chain.from_iterable(map(problems, TUNED.values()))))
+    best = {tiles_key(*problem[:4]): asdict(config) for problem, config in fastest(wanted)}
     args.output.write_text(json.dumps(best, indent=1) + "\n")
 
 
