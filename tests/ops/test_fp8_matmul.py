@@ -1,5 +1,8 @@
 """FP8 products: the reference against numpy, and the Hopper kernels, interpreted on CPU, against the reference."""
 
+import json
+from importlib import resources
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -18,7 +21,8 @@ from dsv3_jax.ops.fp8_matmul import (
     mosaic_gpu,
     reference,
 )
-from dsv3_jax.ops.fp8_matmul.tiles import SHAPES_671B, config_for
+from dsv3_jax.ops.fp8_matmul.tiles import SHAPES_671B, TUNED, config_for, tiles_key
+from dsv3_jax.ops.fp8_matmul.tune import problems
 from dsv3_jax.ops.hopper import Config
 
 INTERPRET = plgpu.InterpretGPUParams()
@@ -165,11 +169,18 @@ def test_kernels_lower_for_every_linear_of_the_671b_model():
         run.trace(*avals).lower(lowering_platforms=("cuda",))
 
 
-def test_a_cut_leaves_few_multiprocessors_idle():
+def test_a_cut_that_was_not_tuned_leaves_few_multiprocessors_idle():
     # 55 tiles of 192 rows or 80 of 128: one round either way. 128 tiles of 192 are one round, 192 of 128 are two.
-    assert config_for("wgrad", 2048, 576, 16384).rows == 128
-    assert config_for("wgrad", 1536, 2048, 16384).rows == 192
-    assert config_for("grouped_wgrad", 2048, 576, 1664, groups=64).rows == 192
+    assert config_for("wgrad", 2048, 640, 16384).rows == 128
+    assert config_for("wgrad", 1536, 2000, 16384).rows == 192
+    assert config_for("grouped_wgrad", 2048, 640, 1664, groups=64).rows == 192
+
+
+def test_every_product_of_the_tuned_models_has_its_cut():
+    cuts = json.loads(resources.files("dsv3_jax.ops.fp8_matmul").joinpath("tiles.json").read_text())
+    wanted = {tiles_key(*problem[:4]) for shapes in TUNED.values() for problem in problems(shapes)}
+    assert set(cuts) == wanted
+    assert all(cut["cluster"] == 1 for key, cut in cuts.items() if "wgrad" in key)
 
 
 def test_naming_an_implementation_that_cannot_run_says_why():
