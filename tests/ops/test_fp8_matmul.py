@@ -169,6 +169,18 @@ def test_kernels_lower_for_every_linear_of_the_671b_model():
         run.trace(*avals).lower(lowering_platforms=("cuda",))
 
 
+def test_weight_gradients_that_are_added_to_float32_lower():
+    # The interpreter adds in another way.
+    f8, f32, shape = jnp.float8_e4m3fn, jnp.float32, jax.ShapeDtypeStruct
+    a, b, scales = shape((2048, 1664), f8), shape((512, 1664), f8), [shape((13, rows), f32) for rows in (2048, 512)]
+    for groups, bounds in ((1, None), (3, shape((4,), jnp.int32))):
+        run = jax.jit(
+            lambda a, s, b, t, total, bounds: mosaic_gpu.wgrad(a, s, b, t, bounds, config=Config(), total=total)
+        )
+        traced = run.trace(a, scales[0], b, scales[1], shape((groups, 2048, 512), f32), bounds)
+        assert "cp.async.bulk.prefetch.tensor" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_a_cut_that_was_not_tuned_leaves_few_multiprocessors_idle():
     # 55 tiles of 192 rows or 80 of 128: one round either way. 128 tiles of 192 are one round, 192 of 128 are two.
     assert config_for("wgrad", 2048, 640, 16384).rows == 128
