@@ -8,7 +8,6 @@ them for their tokens is counted; the router and the exchange are not. Weights a
 step, which is not counted either; their gradients in float32 are.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from dsv3_jax.model.layers import FeedForward
 from dsv3_jax.model.moe import Experts, LocalExchange
 from dsv3_jax.ops.linear import quantize_input
 from dsv3_jax.ops.quantize import TILE
-from dsv3_jax.ops.timing import interleaved_medians
+from dsv3_jax.ops.timing import end_without_hopper, interleaved_medians
 from dsv3_jax.ops.weights import Params, attach_slots, cast_weights, gradient_slots
 
 TOKENS, CHOICES = 4096, 8
@@ -77,8 +76,7 @@ def inputs(config: ModelConfig, tokens: int) -> tuple[Array, Array, Array]:
 
 def main() -> None:
     """Prints one markdown table."""
-    if jax.default_backend() != "gpu":
-        sys.exit("needs a Hopper GPU")
+    end_without_hopper("this benchmark")
     given = inputs(LAYER, TOKENS)
     layers = {precision: layer_functions(LAYER, precision) for precision in ("bf16", "fp8")}
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; medians of calls that take turns, ms\n")

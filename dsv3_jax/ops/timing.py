@@ -2,11 +2,21 @@
 
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from dsv3_jax.ops.hopper import device_refusal
+
+
+def end_without_hopper(what: str) -> None:
+    """Ends the process in a sentence where `what` cannot run its kernels."""
+    refusal = device_refusal()
+    if refusal is not None:
+        sys.exit(f"{what} {refusal}")
 
 
 def interleaved_medians(

@@ -28,7 +28,7 @@ from dsv3_jax.ops.attention.mosaic_gpu_forward import ForwardConfig
 from dsv3_jax.ops.attention.reference import blockwise_attention
 from dsv3_jax.ops.hopper import multiprocessors
 from dsv3_jax.ops.rotary import Rotations
-from dsv3_jax.ops.timing import interleaved_medians, wait_for_all
+from dsv3_jax.ops.timing import end_without_hopper, interleaved_medians, wait_for_all
 
 HEADS, NOPE, ROPE, VALUE = 128, 128, 64, 128
 SCALE = (NOPE + ROPE) ** -0.5
@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="time our kernels cut in other ways")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # the rest is PyTorch's
+    end_without_hopper("this benchmark")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; medians of calls that take turns\n", flush=True)
     if args.sweep:
         sweep()

@@ -3,10 +3,13 @@
 python -m dsv3_jax.ops.fp8_matmul.bench
 """
 
+import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # the other half is PyTorch's
@@ -14,14 +17,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # the other half
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from jaxtyping import Array
 
-from dsv3_jax.ops.fp8_matmul import mosaic_gpu, torch_peer
+from dsv3_jax.ops.fp8_matmul import mosaic_gpu
 from dsv3_jax.ops.fp8_matmul.tiles import SHAPES_671B, config_for
 from dsv3_jax.ops.fp8_matmul.tune import Problem, compile_all, operands, product
 from dsv3_jax.ops.quantize import TILE, Tiled, dequantize
-from dsv3_jax.ops.timing import interleaved_medians, rotating, wait_for_all
+from dsv3_jax.ops.timing import end_without_hopper, interleaved_medians, rotating, wait_for_all
 
 ROWS, ROUTED_ROWS, GROUPS = SHAPES_671B.rows, SHAPES_671B.routed_rows, SHAPES_671B.groups
 Row = tuple[str, dict[str, Callable[[], Any]], float]
@@ -48,6 +50,8 @@ def expected(problem: Problem, given: dict[str, Array]) -> Array:
 
 def dense_rows() -> Iterator[Row]:
     """Forward products beside PyTorch's."""
+    from dsv3_jax.ops.fp8_matmul import torch_peer  # imports torch, which only this benchmark needs
+
     problems = {name: ("matmul", ROWS, n, k, 1) for name, (n, k) in SHAPES_671B.linears.items()}
     ours = compiled({name: (problem, product("matmul", config_for(*problem))) for name, problem in problems.items()})
     for name, problem in problems.items():
@@ -60,6 +64,8 @@ def dense_rows() -> Iterator[Row]:
 
 def wgrad_rows() -> Iterator[Row]:
     """Weight gradients added to float32, beside PyTorch's with its bf16 result."""
+    from dsv3_jax.ops.fp8_matmul import torch_peer
+
     shapes = [(k, n, ROWS) for n, k in SHAPES_671B.linears.values()]
     shapes += [(k, n, ROUTED_ROWS) for n, k in SHAPES_671B.experts.values()]
     problems = {f"wgrad {m},{n} tokens {k}": ("wgrad", m, n, k, 1) for m, n, k in shapes}
@@ -128,8 +134,11 @@ def check(problem: Problem, run: Callable, given: dict[str, Array]) -> None:
 
 def main() -> None:
     """Prints one markdown table."""
+    end_without_hopper("this benchmark")
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("this benchmark times PyTorch's products beside ours: pip install torch")
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, torch {torch.__version__}; medians of calls that take turns\n")
+    print(f"{device}, jax {jax.__version__}, torch {version('torch')}; medians of calls that take turns\n")
     print("| product | " + "us (TFLOP/s), the first over each of the others |\n|---|---|")
     ratios = []
     for rows in (dense_rows, grouped_rows, wgrad_rows):

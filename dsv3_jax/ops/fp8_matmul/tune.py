@@ -22,7 +22,7 @@ from dsv3_jax.ops.fp8_matmul import mosaic_gpu
 from dsv3_jax.ops.fp8_matmul.tiles import TUNED, Kind, Shapes, tiles_key
 from dsv3_jax.ops.hopper import Config
 from dsv3_jax.ops.quantize import TILE
-from dsv3_jax.ops.timing import interleaved_medians, rotating, wait_for_all
+from dsv3_jax.ops.timing import end_without_hopper, interleaved_medians, rotating, wait_for_all
 
 CANDIDATES = [Config(192, stages=4, band=band, cluster=cluster) for cluster in (1, 2) for band in (4, 8, 16)]
 CANDIDATES += [Config(128, stages=4, cluster=cluster) for cluster in (1, 2)]
@@ -113,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tiles.json"))
     args = parser.parse_args()
+    end_without_hopper("tuning")
     wanted = list(dict.fromkeys(itertools.chain.from_iterable(map(problems, TUNED.values()))))
     best = {tiles_key(*problem[:4]): asdict(config) for problem, config in fastest(wanted)}
     args.output.write_text(json.dumps(best, indent=1) + "\n")

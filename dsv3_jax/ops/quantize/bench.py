@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from dsv3_jax.ops.quantize import api, reference
 from dsv3_jax.ops.quantize.formats import Tiled
+from dsv3_jax.ops.timing import end_without_hopper
 
 BYTES_OF_A_PROGRAM = 2e9
 """Moved by the calls of one program: many times L2, and long enough that starting programs takes no time."""
@@ -113,8 +114,7 @@ def _share_of_different_bytes(a, b) -> float:
 def main() -> None:
     """Prints the table."""
     chosen = sys.argv[1:]
-    if jax.default_backend() != "gpu":
-        sys.exit("needs a Hopper GPU")
+    end_without_hopper("this benchmark")
     copy = copy_bandwidth()
     print(f"{jax.devices()[0].device_kind}: copy {copy / 1e9:.0f} GB/s")
     print(f"{'operation':26}{'shape':>18}{'us':>9}{'GB/s':>8}{'of copy':>9}{'XLA us':>9}{'of copy':>9}{'differ':>9}")
