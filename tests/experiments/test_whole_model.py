@@ -7,10 +7,15 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import jax
 import pytest
 
 from dsv3_jax.checkpoint.huggingface_config import config_to_hf
+from dsv3_jax.ops.fp8_matmul.tiles import TUNED
+from dsv3_jax.ops.quantize import E4M3
+from dsv3_jax.ops.weights import weight_type
 from dsv3_jax.planner.parameters import count_parameters
+from dsv3_jax.train.state import model_structure
 
 RUN = Path(__file__).parents[2] / "experiments" / "whole_model" / "run.py"
 PEER = "sdpa-grouped_mm-compile-bf16"
@@ -173,3 +178,14 @@ def test_wrong_input_ends_in_a_sentence(experiment, monkeypatch, capsys, argumen
         experiment.main()
     said = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err
     assert says in said.splitlines()[-1]
+
+
+def test_fp8_products_are_tuned_for_the_shapes_it_trains(experiment):
+    task, tuned = experiment.SIZES["full"], TUNED["2b"]
+    weights = jax.tree_util.tree_leaves_with_path(model_structure(task.model)[1])
+    fp8 = {leaf.shape[:0:-1][:2] for path, leaf in weights if weight_type(path, "fp8") == E4M3}
+    assert {*tuned.linears.values(), *tuned.experts.values()} == fp8
+    assert tuned.rows == task.sequences * task.seq_len
+    assert tuned.groups == task.model.num_experts
+    # Every expert may need a tile of 128 rows more.
+    assert tuned.routed_rows == task.model.top_k * tuned.rows + 128 * tuned.groups

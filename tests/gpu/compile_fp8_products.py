@@ -4,7 +4,6 @@ In a process of its own, whose environment makes ptxas report.
 """
 
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,8 @@ from dsv3_jax.ops.fp8_matmul.tiles import config_for
 
 
 def compile_kernels(reductions):
-    """Dense, grouped and weight gradient products with reductions of these lengths, and a weight gradient of groups."""
+    """Dense, grouped and weight gradient products with reductions of these lengths, and a weight gradient of groups,
+    stored and added."""
     f8, f32, shape = jnp.float8_e4m3fn, jnp.float32, jax.ShapeDtypeStruct
     for k in reductions:
         blocks = -(-k // 128)
@@ -30,10 +30,13 @@ def compile_kernels(reductions):
         config = config_for("wgrad", 8192, 2048, k)
         run = jax.jit(lambda a, s, b, t, c=config: mosaic_gpu.wgrad(a, s, b, t, config=c))
         run.lower(a, a_scales, shape(b.shape[1:], f8), shape((blocks, 2048), f32)).compile()
-    run = jax.jit(partial(mosaic_gpu.wgrad, config=config_for("grouped_wgrad", 2048, 1536, 1664, 64)))
+    config = config_for("grouped_wgrad", 2048, 1536, 1664, 64)
     scales = [shape((832, rows), f32) for rows in (2048, 1536)]
     a, b = (shape((rows, 832 * 128), f8) for rows in (2048, 1536))
-    run.lower(a, scales[0], b, scales[1], shape((65,), jnp.int32)).compile()
+    operands = a, scales[0], b, scales[1], shape((65,), jnp.int32)
+    jax.jit(lambda *x: mosaic_gpu.wgrad(*x, config=config)).lower(*operands).compile()
+    run = jax.jit(lambda *x: mosaic_gpu.wgrad(*x[:-1], total=x[-1], config=config))
+    run.lower(*operands, shape((64, 2048, 1536), f32)).compile()
 
 
 if __name__ == "__main__":

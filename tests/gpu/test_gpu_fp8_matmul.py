@@ -101,6 +101,6 @@ def test_registers_suffice():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    assert said.count("Used ") >= 3 * len(REDUCTIONS) + 1, "ptxas did not report"
+    assert said.count("Used ") >= 3 * len(REDUCTIONS) + 2, "ptxas did not report"
     assert [line for line in said.splitlines() if "serialized" in line] == []
     assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= SPILLED

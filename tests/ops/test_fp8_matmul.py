@@ -1,6 +1,7 @@
 """FP8 products: the reference against numpy, and the Hopper kernels, interpreted on CPU, against the reference."""
 
 import json
+from functools import partial
 from importlib import resources
 
 import jax
@@ -12,6 +13,7 @@ from products_numpy import calc_diff, numpy_blocks, numpy_rows
 
 from dsv3_jax.ops import quantize
 from dsv3_jax.ops.fp8_matmul import (
+    bench,
     fp8_grouped_matmul,
     fp8_grouped_matmul_transposed,
     fp8_grouped_wgrad,
@@ -20,9 +22,9 @@ from dsv3_jax.ops.fp8_matmul import (
     fp8_wgrad,
     mosaic_gpu,
     reference,
+    tune,
 )
 from dsv3_jax.ops.fp8_matmul.tiles import SHAPES_671B, TUNED, config_for, tiles_key
-from dsv3_jax.ops.fp8_matmul.tune import problems
 from dsv3_jax.ops.hopper import Config
 
 INTERPRET = plgpu.InterpretGPUParams()
@@ -188,9 +190,26 @@ def test_a_cut_that_was_not_tuned_leaves_few_multiprocessors_idle():
     assert config_for("grouped_wgrad", 2048, 640, 1664, groups=64).rows == 192
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ("matmul", 256, 136, 256, 1),
+        ("grouped_matmul", 256, 136, 128, 2),
+        ("wgrad", 72, 136, 256, 1),
+        ("grouped_wgrad", 72, 136, 256, 2),
+    ],
+    ids=lambda problem: problem[0],
+)
+def test_what_is_tuned_and_timed_is_the_product_of_its_operands(problem):
+    given, run = tune.operands(problem, 0), tune.product(problem[0], Config(128, stages=2))
+    bench.check(problem, partial(run, num_sms=2, interpret=INTERPRET), given)
+    with pytest.raises(RuntimeError, match="differs from the float32 product"):
+        bench.check(problem, lambda **given: 1.01 * bench.expected(problem, given), given)
+
+
 def test_every_product_of_the_tuned_models_has_its_cut():
     cuts = json.loads(resources.files("dsv3_jax.ops.fp8_matmul").joinpath("tiles.json").read_text())
-    wanted = {tiles_key(*problem[:4]) for shapes in TUNED.values() for problem in problems(shapes)}
+    wanted = {tiles_key(*problem[:4]) for shapes in TUNED.values() for problem in tune.problems(shapes)}
     assert set(cuts) == wanted
     assert all(cut["cluster"] == 1 for key, cut in cuts.items() if "wgrad" in key)
 

@@ -14,7 +14,7 @@ BENCHMARKS = [
 ]
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="would run them")
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a Hopper GPU runs them, for minutes")
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_without_a_hopper_gpu_a_benchmark_ends_in_a_sentence(name, monkeypatch):
     monkeypatch.setattr("sys.argv", [name])

@@ -38,14 +38,15 @@ def calc_diff(x: Array, y: Array) -> float:
 def expected(problem: Problem, given: dict[str, Array]) -> Array:
     """The float32 product of the dequantized operands, group by group."""
     a = dequantize(Tiled(given["a"], given["a_scales"]))
-    if problem[0] == "wgrad":
-        return a @ dequantize(Tiled(given["b"], given["b_scales"])).T
+    if problem[0] in ("wgrad", "grouped_wgrad"):
+        b = dequantize(Tiled(given["b"], given["b_scales"]))
+        return jnp.einsum("mgk,ngk->gmn", *(x.reshape(x.shape[0], problem[4], -1) for x in (a, b)))
     n = given["b"].shape[-2]
     scales = jnp.repeat(jnp.repeat(given["b_scales"], TILE, -2)[..., :n, :], TILE, -1)
     b = given["b"].astype(jnp.float32) * scales
     if problem[0] == "matmul":
         return a @ b.T
-    return jnp.einsum("gmk,gnk->gmn", a.reshape(GROUPS, -1, a.shape[1]), b).reshape(a.shape[0], n)
+    return jnp.einsum("gmk,gnk->gmn", a.reshape(problem[4], -1, a.shape[1]), b).reshape(a.shape[0], n)
 
 
 def dense_rows() -> Iterator[Row]:
@@ -63,33 +64,37 @@ def dense_rows() -> Iterator[Row]:
 
 
 def wgrad_rows() -> Iterator[Row]:
-    """Weight gradients added to float32, beside PyTorch's with its bf16 result."""
+    """Weight gradients added to float32, beside PyTorch's with its bf16 result; grouped ones beside its dense one."""
     from dsv3_jax.ops.fp8_matmul import torch_peer
 
     shapes = [(k, n, ROWS) for n, k in SHAPES_671B.linears.values()]
     shapes += [(k, n, ROUTED_ROWS) for n, k in SHAPES_671B.experts.values()]
     problems = {f"wgrad {m},{n} tokens {k}": ("wgrad", m, n, k, 1) for m, n, k in shapes}
+    problems |= {
+        f"wgrad {k},{n} tokens {ROUTED_ROWS} in {GROUPS} groups": ("grouped_wgrad", k, n, ROUTED_ROWS // GROUPS, GROUPS)
+        for n, k in SHAPES_671B.experts.values()
+    }
 
     def adding(config: Any, total: Array, **given: Array) -> Array:
         return mosaic_gpu.wgrad(**given, config=config, total=total)
 
     for name, problem in problems.items():
-        _, m, n, k, _ = problem
+        kind, m, n, k, groups = problem
         sets = [operands(problem, seed) for seed in range(2)]
         config = config_for(*problem)
-        plain = jax.jit(product("wgrad", config))
+        plain = jax.jit(product(kind, config))
         check(problem, plain, sets[0])
         add = jax.jit(partial(adding, config), donate_argnames="total")
-        total = [jnp.zeros((1, m, n), jnp.float32)]
+        total = [jnp.zeros((groups, m, n), jnp.float32)]
         again = rotating(lambda add=add, total=total, **given: total.__setitem__(0, add(total=total[0], **given)), sets)
         yield (
             name,
             {
                 "ours": lambda again=again, total=total: (again(), total[0])[1],
                 "ours, storing": rotating(plain, sets),
-                "torch": torch_peer.blockwise(m, n, k, True, 2),
+                "torch": torch_peer.blockwise(m, n, groups * k, True, 2),
             },
-            2 * m * n * k,
+            2 * m * n * k * groups,
         )
 
 

@@ -66,9 +66,11 @@ _TWO_WARPGROUPS_TAKE = {"matmul": 1.1, "grouped_matmul": 1.07, "wgrad": 1.2, "gr
 
 
 def config_for(kind: Kind, m: int, n: int, k: int, groups: int = 1) -> Config:
-    """The cut of an [m, n] result over a reduction of k; of grouped weight gradients, `groups` of them with k each."""
+    """The cut of an [m, n] result over a reduction of k, which for grouped products has the rows of all groups; of
+    grouped weight gradients there are `groups` results, each over a k of its own."""
     found = _tuned().get(tiles_key(kind, m, n, k))
-    return Config(**found) if found is not None else _by_rule(kind, groups * m, n)
+    rows = groups * m if kind == "grouped_wgrad" else m
+    return Config(**found) if found is not None else _by_rule(kind, rows, n)
 
 
 def tiles_key(kind: Kind, m: int, n: int, k: int) -> str:

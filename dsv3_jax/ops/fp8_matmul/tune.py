@@ -24,10 +24,6 @@ from dsv3_jax.ops.hopper import Config
 from dsv3_jax.ops.quantize import TILE
 from dsv3_jax.ops.timing import end_without_hopper, interleaved_medians, rotating, wait_for_all
 
-CANDIDATES = [Config(192, stages=4, band=band, cluster=cluster) for cluster in (1, 2) for band in (4, 8, 16)]
-CANDIDATES += [Config(128, stages=4, cluster=cluster) for cluster in (1, 2)]
-"""Weight gradients are never cut into clusters."""
-
 Problem = tuple[Kind, int, int, int, int]
 """Kind, rows, columns, reduction and groups, as `config_for` takes them."""
 
@@ -45,7 +41,7 @@ def problems(shapes: Shapes) -> Iterator[Problem]:
 
 
 def candidates(kind: Kind) -> list[Config]:
-    """The cuts that are tried."""
+    """The cuts that are tried: weight gradients refuse clusters."""
     clusters = (1,) if kind in ("wgrad", "grouped_wgrad") else (1, 2)
     three = [Config(192, band=band, cluster=cluster) for cluster in clusters for band in (4, 8, 16)]
     return three + [Config(128, cluster=cluster) for cluster in clusters]
