@@ -75,6 +75,22 @@ class Recipe:
             return op.fp8_wgrad(x_columns, dy_columns, **how)
         return op.fp8_grouped_wgrad(x_columns, dy_columns, tile_group, groups, **how)
 
+    def add_wgrad(
+        self,
+        total: Float[Array, "layers *groups k n"],
+        layer: Int[Array, ""],
+        x_columns: Tiled,
+        dy_columns: Tiled,
+        groups: int | None,
+        tile_group: Int[Array, " tiles"] | None,
+    ) -> Float[Array, "layers *groups k n"]:
+        """`total`, to whose element `layer` `wgrad` is added: by the kernels, where they run."""
+        if self.accumulator is not None:
+            return total.at[layer].add(self.wgrad(x_columns, dy_columns, groups, tile_group))
+        if tile_group is None:
+            return api.fp8_wgrad(x_columns, dy_columns, total, layer)
+        return api.fp8_grouped_wgrad(x_columns, dy_columns, tile_group, groups, total, layer)
+
     def swiglu_backward(
         self, hidden: Tiled, d_out: Float[Array, "rows ff"], weights: Float[Array, " rows"] | None
     ) -> SwiGLUBackward:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.ops.quantize import E4M3, Blocked, quantize_blocks
@@ -67,10 +67,19 @@ class WeightProduct:
     """A module's function, so that equal products are equal."""
     settings: tuple[Any, ...] = field(default=(), metadata={"static": True})
     """Arguments of the product before the operands."""
+    add: Callable[..., Array] | None = field(default=None, metadata={"static": True})
+    """Like `product`, with a total and the index of what is added to between settings and operands; None where there
+    is nothing faster than the two in turn."""
 
     def compute(self) -> Float[Array, "*shape"]:
         """The gradient, in float32."""
         return self.product(*self.settings, *self.operands)
+
+    def add_to(self, total: Float[Array, "layers ..."], layer: Int[Array, ""]) -> Float[Array, "layers ..."]:
+        """`total`, with the gradient added to one of its elements."""
+        if self.add is None:
+            return total.at[layer].add(self.compute().astype(total.dtype))
+        return self.add(*self.settings, total, layer, *self.operands)
 
 
 Logs = dict[str, WeightProduct]

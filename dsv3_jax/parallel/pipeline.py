@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.weights import Params
+from dsv3_jax.ops.weights import Logs, Params
 from dsv3_jax.parallel import pipeline_layer
 from dsv3_jax.parallel.mesh import vary_over
 from dsv3_jax.parallel.pipeline_layer import Layer, Weights
@@ -280,7 +280,8 @@ def _backward(
             dy, gradients, products = carry
             i = count - 1 - j
             dx, small, logs = pipeline_layer.backward(layer, _take(kept[kind], i), dy, *rank.layer(kind, first + i))
-            gradients = _add(gradients, first + i, small if defer else small | _computed(logs))
+            gradients = _add(gradients, first + i, small)
+            gradients = gradients if defer else _add_products(gradients, first + i, logs)
             return rank.vary((dx, gradients, _set(products, i, logs) if defer else products))
 
         carry = (dy, gradients[kind], products.get(kind))
@@ -321,7 +322,7 @@ def _weight(rank: _Rank, sums: Sums, pools: dict[str, Tree], row: Row) -> Sums:
         first, count = rank.place(kind, row["W_stage"])
 
         def body(i: Array, gradients: Tree, kind: str = kind, first: Array = first) -> Tree:
-            return rank.vary(_add(gradients, first + i, _computed(_take(products[kind], i))))
+            return rank.vary(_add_products(gradients, first + i, _take(products[kind], i)))
 
         gradients[kind] = jax.lax.fori_loop(0, count, body, gradients[kind])
     return replace(sums, gradients=gradients)
@@ -346,11 +347,7 @@ def _shapes(rank: _Rank) -> tuple[Sums, _Made]:
 
 def _backward_and_weight(layer: Layer, kept: Tree, dy: Array, weights: Weights, context: Tree) -> tuple[Tree, Tree]:
     _, small, logs = pipeline_layer.backward(layer, kept, dy, weights, context)
-    return logs, small | _computed(logs)
-
-
-def _computed(logs: Tree) -> dict[str, Array]:
-    return {name: product.compute() for name, product in logs.items()}
+    return logs, small | {name: product.compute() for name, product in logs.items()}
 
 
 def _stacked(count: int, shapes: Tree) -> Tree:
@@ -381,6 +378,11 @@ def _add(stacked: dict[str, Array] | Tree, i: Array, values: Tree) -> Tree:
     if isinstance(stacked, dict):
         return stacked | {name: _add(stacked[name], i, value) for name, value in values.items()}
     return jax.tree.map(lambda x, v: x.at[i].add(v.astype(x.dtype)), stacked, values)
+
+
+def _add_products(stacked: dict[str, Array], i: Array, logs: Logs) -> dict[str, Array]:
+    """Adds the gradients of what was logged to element i."""
+    return stacked | {name: product.add_to(stacked[name], i) for name, product in logs.items()}
 
 
 def _sum(total: Tree, values: Tree) -> Tree:

@@ -94,6 +94,23 @@ def test_grouped_products_are_those_of_each_tile_with_its_groups_weight():
         assert calc_diff(dw[group], wide_x[:, part] @ wide_dy[:, part].T + 1) < 1e-12
 
 
+def test_weight_gradients_are_added_to_one_layer_of_a_total():
+    tile_group = jnp.array([0, 2], jnp.int32)  # group 1 is empty
+    x, dy = quantize_columns(normal(0, 256, 136)), quantize_columns(normal(1, 256, 72))
+    total, grouped_total = np.ones((4, 136, 72), np.float32), np.ones((4, 3, 136, 72), np.float32)
+    dense = jax.jit(fp8_wgrad)(x, dy, total.copy(), jnp.int32(2))
+    grouped = jax.jit(fp8_grouped_wgrad, static_argnums=3)(x, dy, tile_group, 3, grouped_total.copy(), jnp.int32(2))
+    wide_x, wide_dy = numpy_rows(x), numpy_rows(dy)
+    total[2] += wide_x @ wide_dy.T
+    for group, part in ((0, slice(0, 128)), (2, slice(128, 256))):
+        grouped_total[2, group] += wide_x[:, part] @ wide_dy[:, part].T
+    for got, want in ((dense, total), (grouped, grouped_total)):
+        assert calc_diff(got, want) < 1e-12
+        np.testing.assert_array_equal(np.delete(got, 2, axis=0), 1)
+    with pytest.raises(ValueError, match="give the total that is added to"):
+        fp8_wgrad(x, dy, layer=jnp.int32(2))
+
+
 @pytest.mark.parametrize(
     ("config", "k"),
     # Four steps are two turns of two slots; five are counted at run time.
@@ -140,7 +157,12 @@ def test_wgrad_kernel_is_the_reference(config, tokens):
     x, dy = quantize_columns(normal(0, tokens, 136)), quantize_columns(normal(1, tokens, 144))
     run = {"config": config, "num_sms": 2, "interpret": INTERPRET}
     dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, **run)
-    assert calc_diff(dw[0], jax.jit(reference.wgrad)(x, dy)) < 1e-9
+    expected = jax.jit(reference.wgrad)(x, dy)
+    assert calc_diff(dw[0], expected) < 1e-9
+    total = jnp.ones((3, 136, 144))
+    dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, total=total, first=jnp.int32(1), **run)
+    assert calc_diff(dw, jnp.ones_like(total).at[1].add(expected)) < 1e-9
+    np.testing.assert_array_equal(dw[::2], 1)
 
 
 def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens():
@@ -148,8 +170,14 @@ def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens():
     bounds, tile_group = jnp.array([0, 1, 1, 3], jnp.int32), jnp.array([0, 2, 2, 3], jnp.int32)
     run = {"config": Config(128, stages=2), "num_sms": 2, "interpret": INTERPRET}
     dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, bounds, **run)
-    assert calc_diff(dw, jax.jit(reference.grouped_wgrad, static_argnums=3)(x, dy, tile_group, 3)) < 1e-9
+    expected = jax.jit(reference.grouped_wgrad, static_argnums=3)(x, dy, tile_group, 3)
+    assert calc_diff(dw, expected) < 1e-9
     assert not np.asarray(dw[1]).any()
+    # To the second of two layers.
+    total = jnp.ones((6, 72, 136))
+    dw = mosaic_gpu.wgrad(x.values, x.scales, dy.values, dy.scales, bounds, total=total, first=jnp.int32(3), **run)
+    np.testing.assert_array_equal(dw[:3], 1)
+    assert calc_diff(dw[3:], expected + 1) < 1e-9
 
 
 def test_cuts_that_would_compute_wrong_numbers_are_refused():
@@ -175,12 +203,12 @@ def test_weight_gradients_that_are_added_to_float32_lower():
     # The interpreter adds in another way.
     f8, f32, shape = jnp.float8_e4m3fn, jnp.float32, jax.ShapeDtypeStruct
     a, b, scales = shape((2048, 1664), f8), shape((512, 1664), f8), [shape((13, rows), f32) for rows in (2048, 512)]
+    run = jax.jit(partial(mosaic_gpu.wgrad, config=Config()))
     for groups, bounds in ((1, None), (3, shape((4,), jnp.int32))):
-        run = jax.jit(
-            lambda a, s, b, t, total, bounds: mosaic_gpu.wgrad(a, s, b, t, bounds, config=Config(), total=total)
-        )
-        traced = run.trace(a, scales[0], b, scales[1], shape((groups, 2048, 512), f32), bounds)
-        assert "cp.async.bulk.prefetch.tensor" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        for layers, first in ((1, None), (4, shape((), jnp.int32))):
+            total = shape((layers * groups, 2048, 512), f32)
+            traced = run.trace(a, scales[0], b, scales[1], bounds, total=total, first=first)
+            assert "cp.async.bulk.prefetch.tensor" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_a_cut_that_was_not_tuned_leaves_few_multiprocessors_idle():

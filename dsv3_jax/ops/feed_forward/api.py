@@ -144,10 +144,22 @@ def _weight_gradient(
     weight: FP8Weight, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"] | None
 ) -> tuple[FP8Weight, Logs]:
     settings = (weight.recipe, weight.value.values.shape[0])
-    return conclude(weight, WeightProduct((x_columns, dy_columns, tile_group), _wgrad, settings))
+    return conclude(weight, WeightProduct((x_columns, dy_columns, tile_group), _wgrad, settings, _add_wgrad))
 
 
 def _wgrad(
     recipe: Recipe, groups: int, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"] | None
 ) -> Array:
     return recipe.wgrad(x_columns, dy_columns, groups, tile_group)
+
+
+def _add_wgrad(
+    recipe: Recipe,
+    groups: int,
+    total: Array,
+    layer: Array,
+    x_columns: Tiled,
+    dy_columns: Tiled,
+    tile_group: Int[Array, " tiles"] | None,
+) -> Array:
+    return recipe.add_wgrad(total, layer, x_columns, dy_columns, groups, tile_group)

@@ -39,14 +39,15 @@ def fp8_matmul_transposed(
 def fp8_wgrad(
     x_columns: Tiled,
     dy_columns: Tiled,
-    total: Float[Array, "k n"] | None = None,
+    total: Float[Array, "*layers k n"] | None = None,
+    layer: Int[Array, ""] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "k n"]:
-    """x^T @ dy in float32, added to `total` where given: the gradient of the weight."""
+) -> Float[Array, "*layers k n"]:
+    """x^T @ dy in float32: the gradient of the weight. Added to `total` where given, or to its element `layer`: in
+    place, where the total is not read again."""
     if _takes_kernel(implementation, x_columns.values, dy_columns.values):
-        return _tilewise(x_columns, dy_columns, None, None if total is None else total[None])[0]
-    dw = reference.wgrad(x_columns, dy_columns)
-    return dw if total is None else total + dw
+        return _tilewise(x_columns, dy_columns, None, total, layer)
+    return _added(reference.wgrad(x_columns, dy_columns), total, layer)
 
 
 def fp8_grouped_matmul(
@@ -80,15 +81,15 @@ def fp8_grouped_wgrad(
     dy_columns: Tiled,
     tile_group: Int[Array, " tiles"],
     groups: int,
-    total: Float[Array, "groups k n"] | None = None,
+    total: Float[Array, "*layers groups k n"] | None = None,
+    layer: Int[Array, ""] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "groups k n"]:
-    """x^T @ dy of each group's rows in float32, added to `total` where given: the gradient of the weights."""
+) -> Float[Array, "*layers groups k n"]:
+    """x^T @ dy of each group's rows in float32: the gradient of the weights. Added as `fp8_wgrad` adds."""
     tile = x_columns.values.shape[1] // tile_group.shape[0]
     if _takes_kernel(implementation, x_columns.values, dy_columns.values, tile):
-        return _tilewise(x_columns, dy_columns, group_bounds(tile_group, groups), total)
-    dw = reference.grouped_wgrad(x_columns, dy_columns, tile_group, groups)
-    return dw if total is None else total + dw
+        return _tilewise(x_columns, dy_columns, group_bounds(tile_group, groups), total, layer)
+    return _added(reference.grouped_wgrad(x_columns, dy_columns, tile_group, groups), total, layer)
 
 
 def _takes_kernel(implementation: Implementation | None, a: Array, b: Array, tile: int = TILE) -> bool:
@@ -122,19 +123,38 @@ def _blockwise(
     )
 
 
-def _tilewise(x: Tiled, dy: Tiled, bounds: Int[Array, " groups_and_1"] | None, total: Array | None) -> Array:
+def _added(dw: Array, total: Array | None, layer: Array | None) -> Array:
+    _refuse_layer_of_nothing(total, layer)
+    if total is None:
+        return dw
+    return total + dw if layer is None else total.at[layer].add(dw)
+
+
+def _refuse_layer_of_nothing(total: Array | None, layer: Array | None) -> None:
+    if total is None and layer is not None:
+        raise ValueError("layer is an element of total, which is None: give the total that is added to")
+
+
+def _tilewise(
+    x: Tiled, dy: Tiled, bounds: Int[Array, " groups_and_1"] | None, total: Array | None, layer: Array | None
+) -> Array:
+    _refuse_layer_of_nothing(total, layer)
     groups = 1 if bounds is None else bounds.shape[0] - 1
     shape = (x.values.shape[0], dy.values.shape[0], x.values.shape[1] // groups)
-    return mosaic_gpu.wgrad(
+    results = mosaic_gpu.wgrad(
         _whole_tiles(x.values),
         x.scales,
         _whole_tiles(dy.values),
         dy.scales,
         bounds,
         config=config_for("wgrad" if bounds is None else "grouped_wgrad", *shape, groups),
-        total=total,
+        total=None if total is None else total.reshape(-1, *total.shape[-2:]),
+        first=None if layer is None else layer * groups,
         num_sms=multiprocessors(),
     )
+    if total is not None:
+        return results.reshape(total.shape)
+    return results[0] if bounds is None else results
 
 
 def _whole_tiles(values: Array) -> Array:

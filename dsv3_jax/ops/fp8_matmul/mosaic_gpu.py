@@ -71,33 +71,38 @@ def wgrad(
     bounds: Int[Array, " groups_and_1"] | None = None,
     *,
     config: Config,
-    total: Float[Array, "groups m n"] | None = None,
+    total: Float[Array, "results m n"] | None = None,
+    first: Int[Array, ""] | None = None,
     num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
-) -> Float[Array, "groups m n"]:
-    """a @ b^T over the 128-token tiles bounds[g] to bounds[g + 1] of each group g, in float32, added to `total`.
+) -> Float[Array, "results m n"]:
+    """a @ b^T over the 128-token tiles bounds[g] to bounds[g + 1] of each group g, in float32, added to total[g], or to
+    total[first + g].
 
     A group without tokens gets zero. Without bounds there is one group of all tokens.
     """
     m, n = a.shape[0], b.shape[0]
     groups = 1 if bounds is None else bounds.shape[0] - 1
 
-    def fetch(bounds_ref: Any, group: Array, _: Array) -> tuple[Array, ...]:
-        return () if bounds is None else (bounds_ref[group], bounds_ref[group + 1])
+    def fetch(index_ref: Any, group: Array, _: Array) -> tuple[Array, ...]:
+        own = () if bounds is None else (index_ref[group], index_ref[group + 1])
+        return own if first is None else (*own, index_ref[index.shape[0] - 1])
 
     def work(fetched: tuple[Array, ...], group: Array, row: Array, col: Array) -> Work:
-        at = (row * config.rows, col * TILE, group)
+        result = group if first is None else group + fetched[-1]
+        at = (row * config.rows, col * TILE, result)
         if bounds is None:
             return Work(*at, jnp.int32(0), pl.cdiv(a.shape[1], TILE))
-        first, end = fetched
-        return Work(*at, first, end - first)
+        begin, end = fetched[:2]
+        return Work(*at, begin, end - begin)
 
     name = "fp8_wgrad" if bounds is None else "fp8_grouped_wgrad"
     grid = groups, pl.cdiv(m, config.rows), pl.cdiv(n, TILE)
     problem = Problem(name, grid, fetch, work, block_scale=None, ahead=bounds is not None)
-    out = jax.ShapeDtypeStruct((groups, m, n), jnp.float32)
-    index = jnp.zeros(1, jnp.int32) if bounds is None else bounds
-    return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, total, num_sms, interpret)
+    out = jax.ShapeDtypeStruct((groups, m, n) if total is None else total.shape, jnp.float32)
+    index = jnp.zeros(0 if first is not None else 1, jnp.int32) if bounds is None else bounds
+    index = index if first is None else jnp.append(index, first.astype(jnp.int32))
+    return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, total, first, num_sms, interpret)
 
 
 def _row_tiles(tile_group: Int[Array, " tiles"], groups: int, rows: int) -> Int[Array, "3 row_tiles"]:

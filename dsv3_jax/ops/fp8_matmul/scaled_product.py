@@ -80,10 +80,12 @@ def scaled_product(
     out: jax.ShapeDtypeStruct,
     config: Config,
     total: Array | None = None,
+    first: Array | None = None,
     num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
 ) -> Array:
-    """Run a problem; `index` is what its `fetch` reads, `total` is added to. Operands are [..., rows, k].
+    """Run a problem; `index` is what its `fetch` reads, `total` is added to: from its element `first` on, where the
+    problem's `work` says so. Operands are [..., rows, k].
 
     Raises ValueError for cuts that would compute wrong numbers.
     """
@@ -236,7 +238,10 @@ def scaled_product(
     operands = (index, a, a_scales, b, b_scales)
     if not add:
         result = run(*operands)
-        return result if total is None else total + result
+        if total is None:
+            return result
+        added_to = jnp.arange(groups) + (0 if first is None else first)
+        return total.at[added_to].add(result[added_to])
     sums = jax.new_ref(total)
     run(*operands, sums)
     return jax.freeze(sums)
