@@ -251,3 +251,19 @@ def test_naming_an_implementation_that_cannot_run_says_why():
         fp8_matmul(odd, w, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="implementation='cutlass': choose one of 'reference', 'mosaic_gpu', or None"):
         fp8_matmul(x, w, implementation="cutlass")
+
+
+def test_tuning_times_the_two_fastest_again(monkeypatch):
+    cuts = slow, lucky, best = Config(128), Config(192, band=4), Config(192, band=8)
+    heats = iter([{slow: 3.0, lucky: 1.0, best: 1.1}, {lucky: 1.2, best: 1.1}])
+    monkeypatch.setattr(tune, "candidates", lambda kind: list(cuts))
+    monkeypatch.setattr(tune, "compile_all", lambda functions, _: functions)
+
+    def timed(contenders, *_, **__):
+        seconds = next(heats)
+        assert seconds.keys() == contenders.keys()
+        return seconds
+
+    monkeypatch.setattr(tune, "interleaved_medians", timed)
+    problem = ("matmul", 128, 128, 128, 1)
+    assert list(tune.fastest([problem])) == [(problem, best)]
