@@ -67,7 +67,7 @@ class Recipe:
         return op.fp8_grouped_matmul_transposed(dy, weight, tile_group, dtype, **how)
 
     def wgrad(
-        self, x_columns: Tiled, dy_columns: Tiled, groups: int | None, tile_group: Int[Array, " tiles"] | None
+        self, groups: int | None, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"] | None
     ) -> Float[Array, "*groups k n"]:
         """x^T @ dy in float32: the gradient of the weight, or of those of `groups` groups."""
         op, how = self._implementation()
@@ -77,16 +77,15 @@ class Recipe:
 
     def add_wgrad(
         self,
+        groups: int | None,
         total: Float[Array, "layers *groups k n"],
         layer: Int[Array, ""],
         x_columns: Tiled,
         dy_columns: Tiled,
-        groups: int | None,
         tile_group: Int[Array, " tiles"] | None,
     ) -> Float[Array, "layers *groups k n"]:
-        """`total`, to whose element `layer` `wgrad` is added: by the kernels, where they run."""
-        if self.accumulator is not None:
-            return total.at[layer].add(self.wgrad(x_columns, dy_columns, groups, tile_group))
+        """`total`, to whose element `layer` `wgrad` is added: by the kernels, where they run. Not of a variant that
+        sums in another way."""
         if tile_group is None:
             return api.fp8_wgrad(x_columns, dy_columns, total, layer)
         return api.fp8_grouped_wgrad(x_columns, dy_columns, tile_group, groups, total, layer)

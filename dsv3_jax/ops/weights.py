@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.ops.quantize import E4M3, Blocked, quantize_blocks
+from dsv3_jax.ops.quantize import E4M3, Blocked, Tiled, quantize_blocks
 from dsv3_jax.ops.recipe import Recipe
 
 Params = dict[str, Any]
@@ -68,8 +68,8 @@ class WeightProduct:
     settings: tuple[Any, ...] = field(default=(), metadata={"static": True})
     """Arguments of the product before the operands."""
     add: Callable[..., Array] | None = field(default=None, metadata={"static": True})
-    """Like `product`, with a total and the index of what is added to between settings and operands; None where there
-    is nothing faster than the two in turn."""
+    """Like `product`, with a total and the index of what is added to between settings and operands. None where nothing
+    is faster than the product and then the sum."""
 
     def compute(self) -> Float[Array, "*shape"]:
         """The gradient, in float32."""
@@ -90,6 +90,16 @@ def conclude(weight: MixedWeight | FP8Weight, gradient: WeightProduct) -> tuple[
     if weight.name is not None:
         return dataclasses.replace(weight, value=None, slot=None), {weight.name: gradient}
     return dataclasses.replace(weight, value=None, slot=gradient.compute()), {}
+
+
+def conclude_fp8(
+    weight: FP8Weight, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"] | None = None
+) -> tuple[FP8Weight, Logs]:
+    """`conclude` for a weight in FP8; with a `tile_group` for the weights of all groups, from rows sorted by group."""
+    groups = None if tile_group is None else weight.value.values.shape[0]
+    add = Recipe.add_wgrad if weight.recipe.accumulator is None else None
+    operands, settings = (x_columns, dy_columns, tile_group), (weight.recipe, groups)
+    return conclude(weight, WeightProduct(operands, Recipe.wgrad, settings, add))
 
 
 def weight_type(path: Sequence[Any], precision: str) -> jnp.dtype:

@@ -35,8 +35,9 @@ def compile_kernels(reductions):
     a, b = (shape((rows, 832 * 128), f8) for rows in (2048, 1536))
     operands = a, scales[0], b, scales[1], shape((65,), jnp.int32)
     jax.jit(lambda *x: mosaic_gpu.wgrad(*x, config=config)).lower(*operands).compile()
-    run = jax.jit(lambda *x: mosaic_gpu.wgrad(*x[:-1], total=x[-1], config=config))
-    run.lower(*operands, shape((64, 2048, 1536), f32)).compile()
+    run = jax.jit(lambda total, first, *x: mosaic_gpu.wgrad(*x, total=total, first=first, config=config))
+    run.lower(shape((64, 2048, 1536), f32), None, *operands).compile()
+    run.lower(shape((128, 2048, 1536), f32), shape((), jnp.int32), *operands).compile()
 
 
 if __name__ == "__main__":

@@ -208,7 +208,9 @@ def test_weight_gradients_that_are_added_to_float32_lower():
         for layers, first in ((1, None), (4, shape((), jnp.int32))):
             total = shape((layers * groups, 2048, 512), f32)
             traced = run.trace(a, scales[0], b, scales[1], bounds, total=total, first=first)
-            assert "cp.async.bulk.prefetch.tensor" in traced.lower(lowering_platforms=("cuda",)).as_text()
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            assert "cp.async.bulk.prefetch.tensor" in text
+            assert "output_operand_alias" in text  # in place
 
 
 def test_a_cut_that_was_not_tuned_leaves_few_multiprocessors_idle():

@@ -8,11 +8,16 @@ from flax import nnx
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.layers import FeedForward, RMSNorm
+from dsv3_jax.ops.fp8_matmul.study import Accumulator
+from dsv3_jax.ops.quantize import quantize_blocks, quantize_columns
+from dsv3_jax.ops.recipe import Recipe
 from dsv3_jax.ops.weights import (
+    FP8Weight,
     MixedWeight,
     attach_slots,
     cast_for_inference,
     cast_weights,
+    conclude_fp8,
     gradient_slots,
     is_fp8,
 )
@@ -105,3 +110,19 @@ def test_slots_stand_in_for_the_weights_that_are_cast_and_are_the_others():
     assert isinstance(attached["kernel"], MixedWeight)
     assert attached["kernel"].slot.dtype == jnp.float32
     np.testing.assert_array_equal(attached["scale"], compute["scale"])
+
+
+@pytest.mark.parametrize("groups", [None, 2], ids=["dense", "grouped"])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(accumulator=Accumulator())], ids=["kernels", "study"])
+def test_a_logged_gradient_is_added_to_one_layer(recipe, groups):
+    rng = np.random.default_rng(0)
+    w, x, dy = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((128, 72), (256, 128), (256, 72)))
+    w = w if groups is None else jnp.stack([w] * groups)
+    weight = FP8Weight(quantize_blocks(w.astype(jnp.float32)), recipe=recipe, name="w")
+    tile_group = None if groups is None else jnp.array([0, 1], jnp.int32)
+    _, logs = conclude_fp8(weight, quantize_columns(x), quantize_columns(dy), tile_group)
+    total = jnp.ones((3, *w.shape))
+    added = jax.jit(lambda product, total, layer: product.add_to(total, layer))(logs["w"], total, jnp.int32(1))
+    # Sums of 256 products of about one in float32, in two compiled forms.
+    np.testing.assert_allclose(added[1], 1 + logs["w"].compute(), rtol=1e-6, atol=2e-5)
+    np.testing.assert_array_equal(added[::2], 1)

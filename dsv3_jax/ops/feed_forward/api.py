@@ -14,8 +14,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops.kept import keep_bits
 from dsv3_jax.ops.linear.fp8 import FP8Rows
 from dsv3_jax.ops.quantize import Tiled, quantize_rows, retile, swiglu_quantize
-from dsv3_jax.ops.recipe import Recipe
-from dsv3_jax.ops.weights import FP8Weight, Logs, WeightProduct, conclude
+from dsv3_jax.ops.weights import FP8Weight, Logs, conclude_fp8
 
 
 class Route(Protocol):
@@ -135,31 +134,6 @@ def _backward(kept: _Kept, dy_rows: Tiled, dy_columns: Tiled, dtype: jnp.dtype) 
     d_out = down.recipe.matmul_transposed(dy_rows, down.value, tile_group, dtype)
     inner = down.recipe.swiglu_backward(hidden, d_out, row_weights)
     d_rows = gate_up.recipe.matmul_transposed(inner.d_hidden_rows, gate_up.value, tile_group, dtype)
-    d_down, down_logs = _weight_gradient(down, inner.output_columns, dy_columns, tile_group)
-    d_gate_up, logs = _weight_gradient(gate_up, retile(tiles), inner.d_hidden_columns, tile_group)
+    d_down, down_logs = conclude_fp8(down, inner.output_columns, dy_columns, tile_group)
+    d_gate_up, logs = conclude_fp8(gate_up, retile(tiles), inner.d_hidden_columns, tile_group)
     return _Gradients(d_rows, inner.d_weights, d_gate_up, d_down, logs | down_logs)
-
-
-def _weight_gradient(
-    weight: FP8Weight, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"] | None
-) -> tuple[FP8Weight, Logs]:
-    settings = (weight.recipe, weight.value.values.shape[0])
-    return conclude(weight, WeightProduct((x_columns, dy_columns, tile_group), _wgrad, settings, _add_wgrad))
-
-
-def _wgrad(
-    recipe: Recipe, groups: int, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"] | None
-) -> Array:
-    return recipe.wgrad(x_columns, dy_columns, groups, tile_group)
-
-
-def _add_wgrad(
-    recipe: Recipe,
-    groups: int,
-    total: Array,
-    layer: Array,
-    x_columns: Tiled,
-    dy_columns: Tiled,
-    tile_group: Int[Array, " tiles"] | None,
-) -> Array:
-    return recipe.add_wgrad(total, layer, x_columns, dy_columns, groups, tile_group)

@@ -13,8 +13,7 @@ from dsv3_jax.ops.quantize import (
     quantize_rows,
     retile,
 )
-from dsv3_jax.ops.recipe import Recipe
-from dsv3_jax.ops.weights import FP8Weight, Logs, WeightProduct, conclude
+from dsv3_jax.ops.weights import FP8Weight, Logs, conclude_fp8
 
 
 @jax.tree_util.register_dataclass
@@ -90,16 +89,8 @@ def _gradients(x_columns: Tiled, dy: Array, weight: FP8Weight) -> tuple[Array, F
     """Of the input, in the type of dy, and of the weight, in float32 or as what is logged."""
     dy_rows, dy_columns = weight.recipe.gradient(_flat(dy))
     dx = weight.recipe.matmul_transposed(dy_rows, weight.value, None, dy.dtype)
-    dw, logs = conclude(weight, WeightProduct((x_columns, dy_columns), _wgrad, (weight.recipe,), _add_wgrad))
+    dw, logs = conclude_fp8(weight, x_columns, dy_columns)
     return dx.reshape(*dy.shape[:-1], -1), dw, logs
-
-
-def _wgrad(recipe: Recipe, x_columns: Tiled, dy_columns: Tiled) -> Array:
-    return recipe.wgrad(x_columns, dy_columns, None, None)
-
-
-def _add_wgrad(recipe: Recipe, total: Array, layer: Array, x_columns: Tiled, dy_columns: Tiled) -> Array:
-    return recipe.add_wgrad(total, layer, x_columns, dy_columns, None, None)
 
 
 def _flat(x: Array) -> Float[Array, "rows k"]:
