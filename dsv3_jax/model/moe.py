@@ -93,9 +93,18 @@ class LocalRoute:
         """The expert of each tile of rows."""
         return self.slots.tile_group
 
-    def dispatch(self, x: Float[Array, "tokens d"]) -> Float[Array, "rows d"]:
+    @property
+    def arrived_of(self) -> Int[Array, " rows"]:
+        """The token that each row holds."""
+        return self.slots.token_of
+
+    def send(self, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
+        """Tokens are where their experts are."""
+        return x
+
+    def sort(self, arrived: Float[Array, "tokens d"]) -> Float[Array, "rows d"]:
         """Each token to the rows of its choices."""
-        return permute(x, self.slots)
+        return permute(arrived, self.slots)
 
     def combine(self, rows: Float[Array, "rows d"]) -> Float[Array, "tokens d"]:
         """The sum of each token's rows."""
@@ -163,7 +172,7 @@ class Experts(nnx.Module):
         gate_up, down = self.gate_up.get_value(), self.down.get_value()
         if is_fp8(gate_up):
             return fp8_routed_feed_forward(x, weights, route, gate_up, down)
-        rows = route.dispatch(x)
+        rows = route.sort(route.send(x))
         hidden = checkpoint_name(grouped_matmul(rows, gate_up, route.tile_group), "ffn")
         row_weights = route.dispatch_choices(weights)[:, None]
         return route.combine(grouped_matmul(swiglu(hidden, row_weights), down, route.tile_group))

@@ -165,8 +165,10 @@ class Crew(Protocol):
         """Of a thread of a compute warpgroup, and of the producer."""
 
 
-def producer_and_consumers(config: Crew, produce: Callable[[], None], consume: Callable[[], Any]) -> None:
-    """Runs `produce` in one warp of the last warpgroup and `consume`, which stores results, in the others."""
+def producer_and_consumers(
+    config: Crew, produce: Callable[[], None], consume: Callable[[], Any], producers: int = 1
+) -> None:
+    """Runs `produce` in so many warps of the last warpgroup and `consume`, which stores results, in the others."""
     wg = lax.axis_index("wg")
 
     @pl.when(wg == config.warpgroups)
@@ -175,7 +177,7 @@ def producer_and_consumers(config: Crew, produce: Callable[[], None], consume: C
 
         @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
         def _():
-            pl.when(lax.axis_index("warp") == 0)(produce)
+            pl.when(lax.axis_index("warp") < producers)(produce)
 
     @pl.when(wg < config.warpgroups)
     def _():
@@ -184,8 +186,18 @@ def producer_and_consumers(config: Crew, produce: Callable[[], None], consume: C
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
 
-def through_slots(config: Config, empty: Any, produce: Callable[[], None], consume: Callable[[], Any]) -> None:
-    """`producer_and_consumers` around slots that all start out empty; the producer stays until all are again."""
+class Slotted(Crew, Protocol):
+    """And how many slots in shared memory they share."""
+
+    @property
+    def stages(self) -> int:
+        """Slots."""
+
+
+def through_slots(
+    config: Slotted, empty: Any, produce: Callable[[], None], consume: Callable[[], Any], producers: int = 1
+) -> None:
+    """`producer_and_consumers` around slots that all start out empty; producers stay until all are again."""
 
     def fill() -> None:
         produce()
@@ -197,7 +209,7 @@ def through_slots(config: Config, empty: Any, produce: Callable[[], None], consu
             plgpu.barrier_arrive(empty.at[slot])
         consume()
 
-    producer_and_consumers(config, fill, use)
+    producer_and_consumers(config, fill, use, producers)
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,12 @@ class Recipe:
             return study.quantize_both_by_block(dy)
         return quantize_both(dy)
 
-    def received_gradient(self, dy: Tiled) -> tuple[Tiled, Tiled]:
-        """`gradient` of what came over the network in tiles."""
+    def received_gradient(self, arrived: Tiled, dy: Tiled, arrived_of: Int[Array, " rows"]) -> tuple[Tiled, Tiled]:
+        """`gradient` of what came over the network in tiles, `arrived`, and was sorted: each row of `dy` is that of its
+        `arrived_of`."""
         if self.gradient_tiles == "blocks":
             return self.gradient(dequantize(dy))
-        return dy, retile(dy)
+        return dy, retile(arrived, arrived_of)
 
     def matmul(
         self, x: Tiled, weight: Blocked, tile_group: Int[Array, " tiles"] | None, dtype: jnp.dtype

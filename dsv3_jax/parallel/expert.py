@@ -122,9 +122,18 @@ class ExpertRoute:
         """The expert of each tile of rows."""
         return self.local.tile_group
 
-    def dispatch(self, x: Float[Array, "tokens d"]) -> Float[Array, "rows d"]:
-        """Each token to the rows of its choices."""
-        return self.local.dispatch(keep_bits(self._there(x), "dispatched"))
+    @property
+    def arrived_of(self) -> Int[Array, " rows"]:
+        """The arrived row that each row holds."""
+        return self.local.arrived_of
+
+    def send(self, x: Float[Array, "tokens d"]) -> Float[Array, "received d"]:
+        """Each token to the devices of its choices."""
+        return keep_bits(self._there(x), "dispatched")
+
+    def sort(self, arrived: Float[Array, "received d"]) -> Float[Array, "rows d"]:
+        """Each arrived row to those of its choices here."""
+        return self.local.sort(arrived)
 
     def combine(self, rows: Float[Array, "rows d"]) -> Float[Array, "tokens d"]:
         """The sum of each token's rows: of a device, of a node, of all nodes."""

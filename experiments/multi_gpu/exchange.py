@@ -103,7 +103,7 @@ def _exchange_cells(
         return jax.tree.map(_varies, route), _varies(overflow)[None]
 
     def dispatch(x: Any, route: Any) -> Any:
-        return jax.tree.map(route.dispatch, x)
+        return jax.tree.map(lambda part: route.sort(route.send(part)), x)
 
     route, overflow = jax.jit(on_mesh(plan))(experts)
     if int(overflow.sum()):

@@ -12,6 +12,7 @@ from dsv3_jax.ops.quantize import (
     Tiled,
     mosaic_gpu_blocks,
     mosaic_gpu_norm,
+    mosaic_gpu_rows,
     mosaic_gpu_swiglu,
     mosaic_gpu_swiglu_backward,
     mosaic_gpu_tiles,
@@ -128,10 +129,33 @@ def test_kernels_of_one_orientation():
     expected.assert_tiled(rows, expected.rows(x))
 
 
+def test_kernel_of_columns_through_e5m6():
+    x = expected.hard((256, 256), nan=False)
+    (columns,) = mosaic_gpu_tiles.quantize(
+        jnp.asarray(x), along_rows=False, power_of_2=True, through_e5m6=True, **INTERPRET
+    )
+    theirs = jax.jit(jnp_reference.quantize_columns_through_e5m6)(x)
+    expected.assert_identical(columns.values, np.asarray(theirs.values))
+    expected.assert_identical(columns.scales, np.asarray(theirs.scales))
+
+
 def test_kernel_of_retile():
     x = Tiled(*map(jnp.asarray, expected.rows(expected.wide(6, (256, 256)))))
     columns = mosaic_gpu_tiles.retile(x, **INTERPRET)
     expected.assert_tiled(columns, expected.columns(expected.dequantize(np.asarray(x.values), np.asarray(x.scales))))
+
+
+def test_kernel_of_retile_of_gathered_rows():
+    values, scales = expected.rows(expected.wide(6, (40, 512)), power_of_2=True)
+    rows = np.random.default_rng(7).integers(0, 44, 256, dtype=np.int32)  # 40 and more hold nothing
+    assert (rows >= 40).any()
+    taken, taken_scales = (np.concatenate([x, np.zeros((4, x.shape[1]), x.dtype)])[rows] for x in (values, scales.T))
+    wanted = expected.columns(expected.dequantize(taken, taken_scales.T))
+    columns = mosaic_gpu_rows.retile_rows(
+        jnp.asarray(values), jnp.asarray(taken_scales.T), jnp.asarray(rows), **INTERPRET
+    )
+    expected.assert_tiled(columns, wanted)
+    expected.assert_tiled(jax.jit(quantize.retile)(Tiled(jnp.asarray(values), jnp.asarray(scales)), rows), wanted)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -206,6 +230,11 @@ def _tiled_shape(rows, k):
     )
 
 
+def _gathered_shape(tokens, rows, k):
+    values, scales = jax.tree.leaves(_tiled_shape(tokens, k))
+    return values, F32(scales.shape[0], rows), jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+
 BF16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
 F32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
 
@@ -216,13 +245,14 @@ F32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
         (mosaic_gpu_tiles.quantize, [BF16(4096, 7168)]),
         (lambda x: mosaic_gpu_tiles.quantize(x, along_columns=False, power_of_2=True), [BF16(4104, 18432)]),
         (mosaic_gpu_tiles.retile, [_tiled_shape(32768, 2048)]),
+        (mosaic_gpu_rows.retile_rows, [*_gathered_shape(4096, 33280, 7168)]),
         (lambda x, gain: mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6), [BF16(4096, 7168), F32(7168)]),
         (lambda x, gain: mosaic_gpu_norm.rms_norm_quantize(x, gain, 1e-6), [BF16(4096, 1280), F32(1280)]),
         (mosaic_gpu_swiglu.swiglu_quantize, [BF16(4096, 4096), F32(4096)]),
         (mosaic_gpu_swiglu_backward.swiglu_quantize_backward, [_tiled_shape(4096, 4096), BF16(4096, 2048), F32(4096)]),
         (mosaic_gpu_blocks.quantize_blocks, [F32(4, 7168, 4096)]),
     ],
-    ids=["both", "rows", "retile", "rms_norm", "narrow rms_norm", "swiglu", "swiglu backward", "blocks"],
+    ids=["both", "rows", "retile", "gathered", "rms_norm", "narrow rms_norm", "swiglu", "swiglu backward", "blocks"],
 )
 def test_kernels_lower_for_the_gpu(kernel, inputs):
     jax.jit(kernel).trace(*inputs).lower(**LOWERED)

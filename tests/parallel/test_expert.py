@@ -276,7 +276,7 @@ def test_a_level_exchanges_rows_choices_and_weights_there_and_rows_back(shape):
 
     def device(x, gates, experts):
         route, _ = exchange_on(shape, FP8).route(experts, FP8.num_experts, None)
-        there_and_back = lambda x, g: route.combine(route.dispatch(x) * route.dispatch_choices(g)[:, None])  # noqa: E731
+        there_and_back = lambda x, g: route.combine(route.sort(route.send(x)) * route.dispatch_choices(g)[:, None])  # noqa: E731
         return jax.grad(lambda x, g: (there_and_back(x, g) ** 2).sum(), argnums=(0, 1))(x, gates)
 
     run = jax.shard_map(device, mesh=mesh_of(shape), in_specs=spec, out_specs=spec)

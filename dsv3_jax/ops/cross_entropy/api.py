@@ -32,13 +32,15 @@ def chunked_cross_entropy(
 ) -> CrossEntropy:
     """Weighted sum of -log softmax(hidden @ head)[label], float32; head is [d_model, vocab].
 
-    Only [chunk, vocab] logits exist at a time; None takes `chunk_tokens`. The gradient of a `MixedWeight` head is
+    Logits of at most `chunk` tokens exist at a time; None takes `chunk_tokens`. The gradient of a `MixedWeight` head is
     float32.
     """
     tokens = hidden.shape[0]
     value, slot = (head.value, head.slot) if isinstance(head, MixedWeight) else (head.astype(hidden.dtype), head)
-    chunk = min(chunk or chunk_tokens(value.shape[1]), tokens)
-    chunks = -(-tokens // chunk)
+    most = min(chunk or chunk_tokens(value.shape[1]), tokens)
+    chunks = -(-tokens // most)
+    # As even as tiles of 128 allow: padding is computed too.
+    chunk = min(most, -(-tokens // (chunks * 128)) * 128)
     pad = chunks * chunk - tokens
 
     def split(x: Array) -> Array:

@@ -7,9 +7,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.ops.quantize import (
     Tiled,
-    dequantize_e5m6,
-    quantize_columns,
-    quantize_e5m6,
+    quantize_columns_through_e5m6,
     quantize_rows,
     retile,
 )
@@ -40,7 +38,9 @@ def fp8_linear(x: Float[Array, "*batch k"] | FP8Rows, weight: FP8Weight) -> Floa
 
 @jax.custom_vjp
 def fp8_linear_after_attention(x: Float[Array, "*batch k"], weight: FP8Weight) -> Float[Array, "*batch n"]:
-    """`fp8_linear` that keeps its input in E5M6, since attention's backward pass is sensitive to it (report 3.3.3)."""
+    """`fp8_linear` whose weight gradient reads the input in E5M6, since attention's backward pass is sensitive to it
+    (report 3.3.3). What it keeps is attention's output, which attention's backward pass reads too; E5M6 beside it, also
+    in 16 bits, would be a second copy."""
     return _product(quantize_rows(_flat(x)), x, weight)
 
 
@@ -62,18 +62,13 @@ def _linear_bwd(residuals: tuple[Tiled, FP8Weight], dy: Array) -> tuple[tuple[FP
 _linear.defvjp_with_logs(_linear_fwd, _linear_bwd)
 
 
-def _after_attention_fwd(x: Array, weight: FP8Weight) -> tuple[Array, tuple[tuple[Array, Array], FP8Weight]]:
-    y = _product(quantize_rows(_flat(x)), x, weight)
-    return y, (quantize_e5m6(_flat(x)), replace(weight, slot=None))
+def _after_attention_fwd(x: Array, weight: FP8Weight) -> tuple[Array, tuple[Array, FP8Weight]]:
+    return _product(quantize_rows(_flat(x)), x, weight), (x, replace(weight, slot=None))
 
 
-def _after_attention_bwd(
-    residuals: tuple[tuple[Array, Array], FP8Weight], dy: Array
-) -> tuple[tuple[Array, FP8Weight], Logs]:
-    kept, weight = residuals
-    # Both scales are powers of two, so that the second rounding falls on the grid of the first; and 16 bits hold it.
-    columns = quantize_columns(dequantize_e5m6(*kept).astype(dy.dtype), power_of_2=True)
-    dx, dw, logs = _gradients(columns, dy, weight)
+def _after_attention_bwd(residuals: tuple[Array, FP8Weight], dy: Array) -> tuple[tuple[Array, FP8Weight], Logs]:
+    x, weight = residuals
+    dx, dw, logs = _gradients(quantize_columns_through_e5m6(_flat(x)), dy, weight)
     return (dx, dw), logs
 
 

@@ -6,12 +6,13 @@ for exponentials, roots and sums over rows, which differ in their last bits.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.hopper import Implementation, takes_kernel
 from dsv3_jax.ops.quantize import (
     mosaic_gpu_blocks,
     mosaic_gpu_norm,
+    mosaic_gpu_rows,
     mosaic_gpu_swiglu,
     mosaic_gpu_swiglu_backward,
     mosaic_gpu_tiles,
@@ -38,6 +39,14 @@ def quantize_columns(
     return mosaic_gpu_tiles.quantize(x, along_rows=False, power_of_2=power_of_2)[0]
 
 
+def quantize_columns_through_e5m6(x: Float[Array, "rows k"], implementation: Implementation | None = None) -> Tiled:
+    """128x1 tiles with scales of powers of two, of x rounded to E5M6: what the weight gradient of the linear after
+    attention reads (report 3.3.3)."""
+    if not _takes_kernel(implementation, _type(x), _rows(x, TILE), _width(x.shape[1])):
+        return reference.quantize_columns_through_e5m6(x)
+    return mosaic_gpu_tiles.quantize(x, along_rows=False, power_of_2=True, through_e5m6=True)[0]
+
+
 def quantize_both(x: Float[Array, "rows k"], implementation: Implementation | None = None) -> tuple[Tiled, Tiled]:
     """`quantize_rows` and `quantize_columns` of one reading of x, as an output gradient needs."""
     if not _takes_kernel(implementation, _type(x), _rows(x, TILE), _width(x.shape[1])):
@@ -53,8 +62,11 @@ def quantize_blocks(weight: Float[Array, "*groups k n"], implementation: Impleme
     return mosaic_gpu_blocks.quantize_blocks(weight)
 
 
-def retile(x: Tiled, implementation: Implementation | None = None) -> Tiled:
-    """From tiles along the features to tiles along the rows, [k, rows], as the weight gradient needs a kept input."""
+def retile(x: Tiled, rows: Int[Array, " rows"] | None = None, implementation: Implementation | None = None) -> Tiled:
+    """From tiles along the features to tiles along the rows, [k, rows], as the weight gradient needs a kept input: of
+    all rows of x, or of those that `rows` names, with zeros for an index out of range."""
+    if rows is not None:
+        return _retile_rows(x, rows, implementation)
     if not _takes_kernel(implementation, _rows(x.values, TILE), _width(x.values.shape[1])):
         return reference.retile(x)
     return mosaic_gpu_tiles.retile(x)
@@ -97,6 +109,15 @@ def swiglu_quantize_backward(
     if not _takes_kernel(implementation, _type(d_out), _rows(d_out, TILE), _width(d_out.shape[1])):
         return reference.swiglu_quantize_backward(hidden, d_out, weights)
     return mosaic_gpu_swiglu_backward.swiglu_quantize_backward(hidden, d_out, weights)
+
+
+def _retile_rows(x: Tiled, rows: Int[Array, " rows"], implementation: Implementation | None) -> Tiled:
+    taken = lambda part: jnp.take(part, rows, axis=0, mode="fill", fill_value=0)  # noqa: E731
+    scales = taken(x.scales.T).T
+    width = _width(x.values.shape[1], mosaic_gpu_rows.STRIP)
+    if not _takes_kernel(implementation, _rows(rows, TILE), width):
+        return retile(Tiled(taken(x.values), scales), implementation=implementation)
+    return mosaic_gpu_rows.retile_rows(x.values, scales, rows)
 
 
 def _takes_kernel(implementation: Implementation | None, *refusals: str | None) -> bool:

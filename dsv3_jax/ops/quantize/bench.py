@@ -29,6 +29,8 @@ BURSTS = 7
 
 SHAPES = [(32768, 7168), (32768, 2048), (4096, 7168), (4096, 16384)]
 """Tokens of a sequence or routed rows of a device, by the widths of the model's projections."""
+GATHERED = [(4096, 33280, 7168), (16384, 106496, 2048)]
+"""Tokens, the rows that their experts see, in whole tiles, and their width."""
 NORM_SHAPES = [(32768, 7168), (4096, 7168), (4096, 1536)]
 SWIGLU_SHAPES = [(32768, 2048), (4096, 18432)]
 WEIGHT_SHAPES = [(7168, 16384), (4, 7168, 4096)]
@@ -40,6 +42,8 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Callable, Callable]]:
         for name in ("quantize_rows", "quantize_columns", "quantize_both"):
             yield name, shape, partial(_implemented, getattr(api, name)), partial(_matrix, shape)
         yield "retile", shape, partial(_implemented, api.retile), partial(_tiles, shape)
+    for shape in GATHERED:
+        yield "retile of gathered rows", shape, partial(_implemented, api.retile), partial(_gathered, shape)
     for shape in NORM_SHAPES:
         norm = lambda implementation, x, gain: api.rms_norm_quantize(x, gain, 1e-6, implementation=implementation)  # noqa: E731
         yield "rms_norm_quantize", shape, norm, partial(_norm_inputs, shape)
@@ -62,6 +66,11 @@ def _matrix(shape: tuple[int, ...], key: Array, dtype: jnp.dtype = jnp.bfloat16)
 
 def _tiles(shape: tuple[int, int], key: Array) -> tuple[Tiled]:
     return (reference.quantize_rows(*_matrix(shape, key)),)
+
+
+def _gathered(shape: tuple[int, int, int], key: Array) -> tuple[Tiled, Array]:
+    tokens, rows, width = shape
+    return *_tiles((tokens, width), key), jax.random.randint(key, (rows,), 0, tokens)
 
 
 def _norm_inputs(shape: tuple[int, int], key: Array) -> tuple[Array, Array]:

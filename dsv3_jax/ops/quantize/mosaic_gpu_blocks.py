@@ -51,7 +51,7 @@ def quantize_blocks(
     rows, k_blocks, n_blocks = math.prod(groups) * k, k // TILE, n // TILE
 
     def kernel(x_g, values_g, transposed_g, scales_g, x_s, largest_s, values_s, fetched, released, exchanged):
-        start = lax.axis_index("warpgroup") * HALF
+        start = lax.axis_index("wg") * HALF
         mine = pl.ds(start, HALF)
 
         def fetch(slot, i, j):

@@ -61,7 +61,7 @@ def rms_norm_quantize(
 
     def kernel(x_g, gain_g, *refs):
         *normed_g, values_g, scales_g, x_s, gain_s, values_s, fetched, gain_fetched = refs
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index("wg")
         x_s, values_s, fetched = x_s.at[warpgroup], values_s.at[warpgroup], fetched.at[warpgroup]
         pl.when(warpgroup == 0)(lambda: plgpu.copy_gmem_to_smem(gain_g, gain_s, gain_fetched))
         plgpu.barrier_wait(gain_fetched)
@@ -72,7 +72,7 @@ def rms_norm_quantize(
         def load(n):
             return plgpu.load(_tiles_first(x_s.at[n]), layout=layout, optimized=False).astype(jnp.float32)
 
-        @plgpu.nd_loop((rows // ROWS,), collective_axes=("block", "warpgroup"))
+        @plgpu.nd_loop((rows // ROWS,), collective_axes=("block", "wg"))
         def _rows(info):
             mine = pl.ds(info.index[0] * ROWS, ROWS)
             for n in range(chunks):

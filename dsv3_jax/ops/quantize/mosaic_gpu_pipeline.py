@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 from dsv3_jax.ops.quantize.formats import E4M3, TILE, Tiled
-from dsv3_jax.ops.quantize.reference import E4M3_MAX, SMALLEST_AMAX, nearest_quotient
+from dsv3_jax.ops.quantize.reference import E4M3_MAX, E5M6_MAX, SMALLEST_AMAX, nearest_quotient
 
 WARPGROUPS = 2
 """In most blocks."""
@@ -63,11 +63,11 @@ def launch(
     interpret: plgpu.InterpretGPUParams | None,
     **options,
 ):
-    """Runs `body` in blocks of warpgroups, axes "block" and "warpgroup"; `options` as plgpu.kernel takes them. Profiles
+    """Runs `body` in blocks of warpgroups, axes "block" and "wg"; `options` as plgpu.kernel takes them. Profiles
     show `name`."""
     if interpret is not None:
         options["interpret"] = interpret
-    options |= {"kernel_name": name, "num_threads": warpgroups, "thread_name": "warpgroup"}
+    options |= {"kernel_name": name, "num_threads": warpgroups, "thread_name": "wg"}
     kernel = plgpu.kernel(body, grid=(blocks,), grid_names=("block",), **options)
     return kernel(*inputs)
 
@@ -86,7 +86,7 @@ def for_each_tile(
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
     slots = streams[0][1].shape[0]
     steps = lax.div(math.prod(grid) - block + blocks - 1, blocks)
-    first_warpgroup = lax.axis_index("warpgroup") == 0
+    first_warpgroup = lax.axis_index("wg") == 0
 
     def position(step):
         tile = block + step * blocks
@@ -125,10 +125,25 @@ def quantize_tile(
     return (x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, range(x.ndim - 1))).astype(E4M3), scale
 
 
-def scale_and_inverse(amax: Float[Array, "*tiles"], power_of_2: bool = False) -> tuple[Array, Array]:
+def round_tile_to_e5m6(x: Float[Array, "rows 128"]) -> Float[Array, "rows 128"]:
+    """Tiles in registers, rounded to E5M6 with scales of powers of two, in the type of x, which holds all of its
+    numbers: the reference's."""
+    scale, inverse = scale_and_inverse(jnp.abs(x).max(axis=-1).astype(jnp.float32), True, E5M6_MAX)
+    inner = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, [0])
+    bits = lax.bitcast_convert_type(inner, jnp.int32)
+    odd = lax.shift_right_logical(bits, 17) & 1
+    normal = lax.bitcast_convert_type(bits + 0xFFFF + odd & ~0x1FFFF, jnp.float32)
+    subnormal = inner + 12 - 12  # 12 to 13 are in steps of 2^-20
+    rounded = jnp.where(jnp.abs(inner) < 2.0**-14, subnormal, normal)
+    return (rounded * lax.broadcast_in_dim(scale, x.shape, [0])).astype(x.dtype)
+
+
+def scale_and_inverse(
+    amax: Float[Array, "*tiles"], power_of_2: bool = False, largest: float = E4M3_MAX
+) -> tuple[Array, Array]:
     """As in the reference, from the largest magnitudes of tiles."""
     amax = jnp.maximum(amax, SMALLEST_AMAX)
-    scale, inverse = amax * (1 / E4M3_MAX), nearest_quotient(E4M3_MAX / amax, amax)
+    scale, inverse = amax * (1 / largest), nearest_quotient(largest / amax, amax)
     if not power_of_2:
         return scale, inverse
     bits = lax.bitcast_convert_type(scale, jnp.int32)
@@ -152,7 +167,7 @@ def write(
     Before that, all but the last `in_flight` of the warpgroup's writes leave their buffers: by default all but those
     since its last of this buffer, if it takes its buffers in turn.
     """
-    mine = lax.axis_index("warpgroup"), buffer
+    mine = lax.axis_index("wg"), buffer
     in_flight = buffers[0].shape[1] - 1 if in_flight is None else in_flight
     plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
     buffers[0].at[mine][...], buffers[1].at[mine][...] = quantized
@@ -172,7 +187,7 @@ def write_values(
     tile: Int[Array, ""],
 ) -> None:
     """`write` for values whose scale is their block's."""
-    mine = lax.axis_index("warpgroup"), buffer
+    mine = lax.axis_index("wg"), buffer
     plgpu.wait_smem_to_gmem(buffers.shape[1] - 1, wait_read_only=True)
     buffers.at[mine][...] = values
     plgpu.commit_smem()

@@ -49,7 +49,7 @@ def swiglu_quantize(
         weights_g, refs = (refs[0], refs[1:]) if weighted else (None, refs)
         kept, output, (hidden_s, weights_s, values_s, scales_s, fetched, released) = refs[:2], refs[2:4], refs[4:]
         buffers = values_s, scales_s
-        start = lax.axis_index("warpgroup") * HALF
+        start = lax.axis_index("wg") * HALF
         mine = pl.ds(start, HALF)
 
         def fetch(slot, i, j):

@@ -60,7 +60,7 @@ def swiglu_quantize_backward(
         hidden_s, hidden_scales_s, out_s, gradients_s, weights_s, partials_s, values_s, scales_s, *barriers = refs
         fetched, d_out_fetched, released, out_released, written, read = barriers
         buffers = values_s, scales_s
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index("wg")
         first, second = lax.div(warpgroup, jnp.int32(2)), lax.rem(warpgroup, jnp.int32(2))
 
         def fetch(slot, i, j):

@@ -17,6 +17,7 @@ from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
     launch,
     output_staging,
     quantize_tile,
+    round_tile_to_e5m6,
     staging,
     tiled,
     tiled_types,
@@ -24,13 +25,14 @@ from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import (
 )
 
 
-@lowered_once("along_rows", "along_columns", "power_of_2", "blocks", "interpret")
+@lowered_once("along_rows", "along_columns", "power_of_2", "through_e5m6", "blocks", "interpret")
 def quantize(
     x: BFloat16[Array, "rows k"],
     *,
     along_rows: bool = True,
     along_columns: bool = True,
     power_of_2: bool = False,
+    through_e5m6: bool = False,
     blocks: int = MULTIPROCESSORS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Tiled, ...]:
@@ -42,15 +44,17 @@ def quantize(
         copy engine    | fetch i+1             | write rows i, columns i
         warpgroup 0    | rows 0:64 of tile i   | columns 0:64   | refill the slot
         warpgroup 1    | rows 64:128           | columns 64:128 |
+
+    `through_e5m6` rounds x before that: the warpgroups put their rows back into the slot, and wait for one another.
     """
     rows, k = x.shape
     types = (tiled_types(rows, k) if along_rows else ()) + (tiled_types(k, rows) if along_columns else ())
     both = along_rows and along_columns
 
     def kernel(x_g, *refs):
-        *outputs, x_s, values_s, scales_s, fetched, released = refs
+        *outputs, x_s, values_s, scales_s, fetched, released, rounded = refs
         buffers = values_s, scales_s
-        start = lax.axis_index("warpgroup") * HALF
+        start = lax.axis_index("wg") * HALF
 
         def fetch(slot, i, j):
             tile = x_g.at[pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)]
@@ -58,6 +62,12 @@ def quantize(
 
         def work(slot, i, j, refill):
             plgpu.barrier_wait(fetched.at[slot])
+            if through_e5m6:
+                mine = x_s.at[slot, pl.ds(start, HALF)]
+                mine[...] = round_tile_to_e5m6(plgpu.load(mine, layout=LAYOUT))
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(rounded)
+                plgpu.barrier_wait(rounded)
             if along_rows:
                 tile = plgpu.load(x_s.at[slot, pl.ds(start, HALF)], layout=LAYOUT)
                 if not along_columns:
@@ -79,6 +89,7 @@ def quantize(
         *output_staging(buffers=2),
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]
     options = {"blocks": blocks, "interpret": interpret, "out_type": types, "scratch_types": scratch}
     outputs = launch("quantize", kernel, [x], **options)
@@ -98,7 +109,7 @@ def retile(x: Tiled, *, blocks: int = MULTIPROCESSORS, interpret: plgpu.Interpre
     rows, k = x.values.shape
 
     def kernel(x_g, x_scales_g, values_g, scales_g, x_s, x_scales_s, wide_s, values_s, scales_s, fetched, released):
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index("wg")
         start = warpgroup * HALF
 
         def fetch(slot, i, j):

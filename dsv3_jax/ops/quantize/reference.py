@@ -120,6 +120,12 @@ def dequantize_e5m6(values: Float16[Array, "rows k"], scales: Float[Array, "tile
     return values.astype(jnp.float32) * jnp.repeat(scales.T, TILE, axis=1)[:, : values.shape[1]]
 
 
+def quantize_columns_through_e5m6(x: Float[Array, "rows k"]) -> Tiled:
+    """`quantize_columns` of what E5M6 keeps of x, in the type of x. Both scales are powers of two, so that the second
+    rounding falls on the grid of the first; and 16 bits hold it."""
+    return quantize_columns(dequantize_e5m6(*quantize_e5m6(x)).astype(x.dtype), power_of_2=True)
+
+
 def rms_norm_quantize(
     x: Float[Array, "rows d"], gain: Float[Array, " d"], eps: float, power_of_2: bool = False, keep: bool = True
 ) -> tuple[Float[Array, "rows d"] | None, Tiled]:
