@@ -18,6 +18,7 @@ from dsv3_jax.ops.quantize import (
     mosaic_gpu_tiles,
 )
 from dsv3_jax.ops.quantize import reference as jnp_reference
+from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import round_tile_to_e5m6
 
 INTERPRET = {"blocks": 2, "interpret": plgpu.InterpretGPUParams()}
 LOWERED = {"lowering_platforms": ("cuda",)}
@@ -127,6 +128,12 @@ def test_kernels_of_one_orientation():
     x = expected.hard((200, 128), nan=False)
     (rows,) = mosaic_gpu_tiles.quantize(jnp.asarray(x), along_columns=False, **INTERPRET)
     expected.assert_tiled(rows, expected.rows(x))
+
+
+def test_rounding_in_registers_gives_e5m6_of_all_magnitudes():
+    x = jnp.asarray(expected.hard((2048, 128), nan=False))
+    theirs = jax.jit(lambda x: jnp_reference.dequantize_e5m6(*jnp_reference.quantize_e5m6(x)).astype(x.dtype))(x)
+    expected.assert_identical(jax.jit(round_tile_to_e5m6)(x), theirs)
 
 
 def test_kernel_of_columns_through_e5m6():

@@ -24,6 +24,9 @@ WARPGROUPS = 2
 HALF = TILE // 2
 """Rows or columns of a tile that a warpgroup takes at once."""
 
+_TWELVE = 0x41400000
+"""12 in float32, as an integer."""
+_SIGN = -0x80000000
 LAYOUT = plgpu.Layout.WGMMA
 ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)
 """A value per row of a tile in registers, and one per column."""
@@ -133,7 +136,10 @@ def round_tile_to_e5m6(x: Float[Array, "rows 128"]) -> Float[Array, "rows 128"]:
     bits = lax.bitcast_convert_type(inner, jnp.int32)
     odd = lax.shift_right_logical(bits, 17) & 1
     normal = lax.bitcast_convert_type(bits + 0xFFFF + odd & ~0x1FFFF, jnp.float32)
-    subnormal = inner + 12 - 12  # 12 to 13 are in steps of 2^-20
+    # Between 8 and 16 numbers are 2^-20 apart. Counted as integers: a compiler may drop 12 that come and go.
+    steps = lax.bitcast_convert_type(inner + 12, jnp.int32) - _TWELVE
+    subnormal = lax.bitcast_convert_type(steps.astype(jnp.float32) * 2.0**-20, jnp.int32) | bits & _SIGN  # -0 too
+    subnormal = lax.bitcast_convert_type(subnormal, jnp.float32)
     rounded = jnp.where(jnp.abs(inner) < 2.0**-14, subnormal, normal)
     return (rounded * lax.broadcast_in_dim(scale, x.shape, [0])).astype(x.dtype)
 
