@@ -145,10 +145,16 @@ class LossConfig:
     """Alpha of the sequence-wise balance loss."""
     batch_balance_weight: float = 0.0
     """Weight of the batch-wise balance loss, over each microbatch of the whole mesh."""
+    logits_tokens: int | None = None
+    """Tokens of a device whose logits exist at a time, 6 bytes for each logit and its gradient; None is as many as half
+    a GiB of float32 holds. More take less time: the head's float32 gradient is read and written for each part."""
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            require(getattr(self, f.name) >= 0, f"loss.{f.name}", getattr(self, f.name), "cannot be negative")
+        weights = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "logits_tokens"}
+        for name, value in weights.items():
+            require(value >= 0, f"loss.{name}", value, "cannot be negative")
+        tokens = self.logits_tokens
+        require(tokens is None or tokens > 0, "loss.logits_tokens", tokens, "must be at least 1, or None")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ REFUSED: list[tuple[Callable[..., object], dict[str, object], str, str]] = [
     (OptimizerConfig, {"ema_decay": 1.0}, "optimizer.ema_decay=1.0", "or be None"),
     (LossConfig, {"mtp_weight": -0.3}, "loss.mtp_weight=-0.3", "cannot be negative"),
     (LossConfig, {"bias_update_speed": -0.001}, "loss.bias_update_speed=-0.001", "cannot be negative"),
+    (LossConfig, {"logits_tokens": 0}, "loss.logits_tokens=0", "must be at least 1, or None"),
     (BatchConfig, {"seq_len": 1}, "batch.seq_len=1", "at least 2"),
     (BatchConfig, {"sequences": 0}, "batch.sequences=0", "must be positive"),
     (BatchConfig, {"microbatch": 0}, "batch.microbatch=0", "must be positive"),

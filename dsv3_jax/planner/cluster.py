@@ -250,7 +250,8 @@ class ClusterPlan:
         rows = rows if any(stage.exchanges for stage in stages) else 0
         attention = self.tokens * 2 * 2 * model.num_heads * (2 * model.qk_head_dim + model.v_head_dim)
         has_head = any("head" in part.name or "MTP" in part.name for stage in stages for part in stage.parts)
-        logits = 2 * 4 * min(chunk_tokens(model.vocab_size), self.tokens) * model.vocab_size if has_head else 0
+        chunk = self.config.loss.logits_tokens or chunk_tokens(model.vocab_size)
+        logits = 2 * 4 * min(chunk, self.tokens) * model.vocab_size if has_head else 0
         return rows + attention + logits
 
 

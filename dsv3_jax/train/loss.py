@@ -47,12 +47,15 @@ def training_loss(
     exchange: Exchange,
     recompute: Recompute = "none",
     unroll_layers: int = 1,
+    logits_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], LossReport]:
     """The scalar to differentiate, as this device's mean, and its parts. In nats a token.
 
-    Every sequence predicts its tokens from the second on; MTP depth k those from the (k + 3)rd on.
+    Every sequence predicts its tokens from the second on; MTP depth k those from the (k + 3)rd on. Logits of at most
+    `logits_tokens` tokens exist at a time; None is the default of `chunked_cross_entropy`.
     """
-    return training_losses(model, [tokens], router_bias, weights, exchange, recompute, unroll_layers)
+    how = recompute, unroll_layers, logits_tokens
+    return training_losses(model, [tokens], router_bias, weights, exchange, *how)
 
 
 def training_losses(
@@ -63,10 +66,11 @@ def training_losses(
     exchange: Exchange,
     recompute: Recompute = "none",
     unroll_layers: int = 1,
+    logits_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], LossReport]:
     """The sums of `training_loss` over microbatches that pass the layers side by side; see `Transformer.trunks`."""
     trunks = model.trunks(streams, router_bias, exchange, recompute, unroll_layers)
-    return losses_of(model, streams, trunks, router_bias, weights, exchange, recompute)
+    return losses_of(model, streams, trunks, router_bias, weights, exchange, recompute, logits_tokens)
 
 
 def losses_of(
@@ -77,12 +81,13 @@ def losses_of(
     weights: LossWeights,
     exchange: Exchange,
     recompute: Recompute = "none",
+    logits_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], LossReport]:
     """`training_losses` from the trunks' outputs on; balance losses are those of the statistics that they have."""
     aheads = [None] * len(trunks)
     if model.config.num_mtp_modules:
         aheads = model.predict_ahead_all(trunks, router_bias, exchange, recompute)
-    losses = [_loss(model, *parts, weights) for parts in zip(streams, trunks, aheads, strict=True)]
+    losses = [_loss(model, *parts, weights, logits_tokens) for parts in zip(streams, trunks, aheads, strict=True)]
     return jax.tree.map(lambda *parts: sum(parts), *losses)
 
 
@@ -92,9 +97,10 @@ def _loss(
     trunk: TrunkOutput,
     ahead: MTPOutput | None,
     weights: LossWeights,
+    logits_tokens: int | None,
 ) -> tuple[Float[Array, ""], LossReport]:
-    loss, _ = _next_token_loss(model, trunk.hidden, tokens, 1)
-    report = _report(model, loss, trunk, ahead, tokens)
+    loss, _ = _next_token_loss(model, trunk.hidden, tokens, 1, logits_tokens)
+    report = _report(model, loss, trunk, ahead, tokens, logits_tokens)
     total = (
         loss
         + weights.mtp * (report.mtp_loss.mean() if ahead is not None else 0)
@@ -126,10 +132,14 @@ def held_out_loss_of(
 
 
 def _next_token_loss(
-    model: Transformer, hidden: Float[Array, "batch seq d_model"], tokens: Int[Array, "batch seq"], distance: int
+    model: Transformer,
+    hidden: Float[Array, "batch seq d_model"],
+    tokens: Int[Array, "batch seq"],
+    distance: int,
+    logits_tokens: int | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean loss, and accuracy, of predicting the token `distance` ahead, where the sequence has one."""
-    sums = _predict(model, hidden, tokens, distance, jnp.ones(len(tokens), jnp.float32))
+    sums = _predict(model, hidden, tokens, distance, jnp.ones(len(tokens), jnp.float32), logits_tokens)
     count = len(tokens) * (tokens.shape[1] - distance)
     return sums.loss / count, sums.correct / count
 
@@ -140,14 +150,14 @@ def _predict(
     tokens: Int[Array, "batch seq"],
     distance: int,
     row_weights: Float[Array, " batch"],
+    logits_tokens: int | None = None,
 ) -> CrossEntropy:
     """Sums over the rows of predicting the token `distance` ahead."""
     batch, seq = tokens.shape
     labels = jnp.roll(tokens, -distance, axis=1)
     weights = jnp.where(jnp.arange(seq) < seq - distance, row_weights[:, None], 0)
-    return chunked_cross_entropy(
-        hidden.reshape(batch * seq, -1), model.head.kernel.get_value(), labels.reshape(-1), weights.reshape(-1)
-    )
+    rows, head = hidden.reshape(batch * seq, -1), model.head.kernel.get_value()
+    return chunked_cross_entropy(rows, head, labels.reshape(-1), weights.reshape(-1), logits_tokens)
 
 
 def _report(
@@ -156,10 +166,11 @@ def _report(
     trunk: TrunkOutput,
     ahead: MTPOutput | None,
     tokens: Int[Array, "batch seq"],
+    logits_tokens: int | None,
 ) -> LossReport:
     stats = {"moe_layers": trunk.stats, "mtp": ahead.stats if ahead is not None else None}
     stats = {kind: value for kind, value in stats.items() if value is not None}
-    depths = [_next_token_loss(model, hidden, tokens, k + 2) for k, hidden in enumerate(_depths(ahead))]
+    depths = [_next_token_loss(model, hidden, tokens, k + 2, logits_tokens) for k, hidden in enumerate(_depths(ahead))]
     return LossReport(
         loss=loss,
         mtp_loss=jnp.array([loss for loss, _ in depths]),

@@ -63,7 +63,8 @@ def pipelined_gradients(
     def tail(x: Array, slots: Params, tokens: Int[Array, "batch seq"]) -> tuple[Array, LossReport]:
         module = whole(slots)
         trunk = TrunkOutput(module.final_norm(x), module.embed(tokens), (), None)
-        total, report = losses_of(module, [tokens], [trunk], router_bias, weights, exchange, config.recompute)
+        how = config.recompute, config.loss.logits_tokens
+        total, report = losses_of(module, [tokens], [trunk], router_bias, weights, exchange, *how)
         return total, jax.tree.map(jnp.asarray, report)
 
     model = _model(config, pipeline, compute, router_bias, weights, exchange, tokens.shape[2], axes, embed, tail)

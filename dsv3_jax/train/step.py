@@ -128,7 +128,7 @@ def _device_step(
 
     def loss(slots: Params, streams: Int[Array, "streams batch seq"]) -> tuple[Array, LossReport]:
         model = nnx.merge(graphdef, attach_slots(compute, slots))
-        how = config.recompute, config.unroll_layers
+        how = config.recompute, config.unroll_layers, config.loss.logits_tokens
         return training_losses(model, list(streams), router_bias, loss_weights, exchange, *how)
 
     if pipeline is not None:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 import jax
 import numpy as np
 
-from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
+from dsv3_jax.config import BatchConfig, Config, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.loss import LossWeights
 from dsv3_jax.train.state import init_state
@@ -63,6 +63,7 @@ def our_config(task: Task, precision: str, recompute: str) -> Config:
         model=task.model,
         batch=BatchConfig(seq_len=task.seq_len, sequences=task.sequences),
         optimizer=OptimizerConfig(moments="float32"),
+        loss=LossConfig(logits_tokens=task.sequences * task.seq_len),  # all at once, as the peer
         parallel=ParallelConfig(devices=1),
         precision=precision,
         recompute=recompute,

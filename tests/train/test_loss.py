@@ -1,5 +1,6 @@
 """The training loss, part by part, from the hidden states of a tiny model and a plain cross-entropy."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -110,6 +111,20 @@ def test_balance_losses_and_loads_are_those_of_all_moe_layers_and_depths(result)
 def test_held_out_loss_weighs_rows(result):
     losses, _ = by_hand(result.hidden, result.head, result.tokens, 1)
     np.testing.assert_allclose(result.held_out, (ROW_WEIGHTS * losses.mean(axis=1)).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("logits_tokens", [8, 3 * SEQ])
+def test_logits_of_so_many_tokens_exist_at_a_time(logits_tokens):
+    graphdef, params = random_weights(MODEL)
+    bias = initial_router_bias(MODEL)
+
+    def loss(params, tokens):
+        model = nnx.merge(graphdef, params)
+        return training_loss(model, tokens, bias, WEIGHTS, LocalExchange(), logits_tokens=logits_tokens)[0]
+
+    traced = str(jax.make_jaxpr(jax.grad(loss))(params, jnp.zeros((3, SEQ), jnp.int32)))
+    sizes = {int(rows) for rows in re.findall(rf"f32\[(\d+),{MODEL.vocab_size}\] = dot_general", traced)}
+    assert sizes == {logits_tokens, MODEL.d_model}  # the logits, and the gradient of the head
 
 
 def test_a_dense_model_without_mtp_trains_on_the_next_token_alone():

@@ -3,6 +3,7 @@ with the number of microbatches, and multiplies no more."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,13 @@ import pytest
 from compiled_products import multiplications
 from random_state import random_state
 
-from dsv3_jax.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
+from dsv3_jax.config import BatchConfig, Config, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.pipeline_table import make_table
 from dsv3_jax.parallel.schedule import make
 from dsv3_jax.planner.memory import argument_bytes
 from dsv3_jax.train.loss import LossWeights
+from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import Knobs, make_step
 
 # Stages of different sizes: a dense layer and two MoE ones on the first, two before the head and the MTP module.
@@ -66,6 +68,19 @@ def small_pipeline():
 def small_step():
     """`compiled` on one device."""
     return compiled(MICROBATCHES, devices=1, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"devices": 1}, {"devices": 2, "pipe": 2, "schedule": "zb1p"}], ids=["one", "pipe"]
+)
+def test_logits_of_as_many_tokens_as_the_config_says_exist_at_a_time(parallel):
+    config = make_config(MICROBATCHES, **parallel, **SMALL)
+    config = dataclasses.replace(config, loss=LossConfig(logits_tokens=24))
+    mesh = make_mesh(config)
+    state, tokens = abstract_state(config, mesh), jax.ShapeDtypeStruct((MICROBATCHES, ROWS, SEQ), jnp.int32)
+    traced = str(make_step(config, mesh).trace(state, tokens, KNOBS).jaxpr)
+    rows = {int(n) for n in re.findall(rf"f32\[(\d+),{MODEL.vocab_size}\](?:{{[^}}]*}})? = dot_general", traced)}
+    assert rows == {24, MODEL.d_model}  # the logits, and the gradient of the head
 
 
 def assert_same(got, expected, names):
