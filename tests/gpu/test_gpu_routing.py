@@ -20,10 +20,9 @@ def test_selection(experts, top_k, groups, kept):
     np.testing.assert_array_equal(ours, grouped_top_k(scores, top_k, groups, kept, "reference"))
 
 
-@pytest.mark.parametrize("rows", [33280, 1001, 5])
 @pytest.mark.parametrize("dtype", [E4M3, jnp.bfloat16])
-def test_rows(dtype, rows):
+def test_rows(dtype):
     x = jax.random.normal(jax.random.key(0), (4096, 7168)).astype(dtype)
-    index = jax.random.randint(jax.random.key(1), (rows,), 0, 4200, jnp.int32)
+    index = jax.random.randint(jax.random.key(1), (33280,), 0, 4200, jnp.int32)
     wanted = jnp.take(x.astype(jnp.float32), index, axis=0, mode="fill", fill_value=0)
     assert (mosaic_gpu.take_rows(x, index).astype(jnp.float32) == wanted).all()
