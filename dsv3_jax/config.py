@@ -150,11 +150,11 @@ class LossConfig:
     a GiB of float32 holds. More take less time: the head's float32 gradient is read and written for each part."""
 
     def __post_init__(self) -> None:
-        weights = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "logits_tokens"}
-        for name, value in weights.items():
-            require(value >= 0, f"loss.{name}", value, "cannot be negative")
         tokens = self.logits_tokens
         require(tokens is None or tokens > 0, "loss.logits_tokens", tokens, "must be at least 1, or None")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            require(value is None or value >= 0, f"loss.{f.name}", value, "cannot be negative")
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,13 @@ def test_all_logits_never_exist_at_once(operands, computed_shapes):
     assert largest_logits(lambda h, w: naive(h, w, labels, weights)) == TOKENS * VOCAB
 
 
+def test_chunks_are_as_even_as_tiles_allow(computed_shapes):
+    hidden, head = jnp.zeros((520, WIDTH)), jnp.zeros((WIDTH, VOCAB))
+    run = lambda h, w: chunked_cross_entropy(h, w, jnp.zeros(520, jnp.int32), jnp.ones(520), 512).loss  # noqa: E731
+    rows = {shape[0] for shape in computed_shapes(run, hidden, head) if len(shape) == 2 and shape[1] == VOCAB}
+    assert max(rows) == 384  # two of these hold 520; of 512, 504 tokens would be padding
+
+
 @pytest.mark.parametrize("vocab", [300, 32000, 129280, 10**9])
 def test_a_chunks_logits_take_at_most_half_a_gib(vocab):
     chunk = chunk_tokens(vocab)

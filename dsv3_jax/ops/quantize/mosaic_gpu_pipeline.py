@@ -135,11 +135,11 @@ def round_tile_to_e5m6(x: Float[Array, "rows 128"]) -> Float[Array, "rows 128"]:
     inner = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, [0])
     bits = lax.bitcast_convert_type(inner, jnp.int32)
     odd = lax.shift_right_logical(bits, 17) & 1
-    normal = lax.bitcast_convert_type(bits + 0xFFFF + odd & ~0x1FFFF, jnp.float32)
+    normal = lax.bitcast_convert_type((bits + 0xFFFF + odd) & ~0x1FFFF, jnp.float32)  # ties to even
     # Between 8 and 16 numbers are 2^-20 apart. Counted as integers: a compiler may drop 12 that come and go.
     steps = lax.bitcast_convert_type(inner + 12, jnp.int32) - _TWELVE
-    subnormal = lax.bitcast_convert_type(steps.astype(jnp.float32) * 2.0**-20, jnp.int32) | bits & _SIGN  # -0 too
-    subnormal = lax.bitcast_convert_type(subnormal, jnp.float32)
+    subnormal = lax.bitcast_convert_type(steps.astype(jnp.float32) * 2.0**-20, jnp.int32)
+    subnormal = lax.bitcast_convert_type(subnormal | (bits & _SIGN), jnp.float32)  # of -0 too
     rounded = jnp.where(jnp.abs(inner) < 2.0**-14, subnormal, normal)
     return (rounded * lax.broadcast_in_dim(scale, x.shape, [0])).astype(x.dtype)
 

@@ -37,7 +37,7 @@ TWO_ROWS = plgpu.Layout.TILED(
 that come one by one can be neither padded nor swizzled: the copy engine writes to multiples of 128 bytes."""
 
 
-class Crew:
+class GatherCrew:
     """Four warpgroups turn 64 features each, and a fifth fetches."""
 
     stages = SLOTS
@@ -59,7 +59,7 @@ def retile_rows(
 
     A block takes 128 rows of 256 features, a strip, at a time:
 
-        copy engine    | places of strip i+2 | its rows, one by one | write strip i
+        copy engine    | places of a later strip | rows of the next, one by one | write strip i
         a warpgroup    | 64 features of i, as float16 | transposed, times the rows' scales, quantized
     """
     k, rows = values.shape[1], index.shape[0]
@@ -128,7 +128,7 @@ def retile_rows(
             plgpu.copy_smem_to_gmem(out_s.at[warpgroup], target, commit_group=False)
             plgpu.copy_smem_to_gmem(out_scales_s.at[warpgroup], out_scales_g.at[i, features])
 
-        through_slots(Crew(), empty, lambda: for_each_strip(fetch), lambda: for_each_strip(turn), FETCHERS)
+        through_slots(GatherCrew(), empty, lambda: for_each_strip(fetch), lambda: for_each_strip(turn), FETCHERS)
 
     run = plgpu.kernel(
         kernel,
@@ -137,16 +137,16 @@ def retile_rows(
             plgpu.SMEM((SLOTS, TILE, STRIP), E4M3),
             plgpu.SMEM((SLOTS, STRIP // TILE, TILE), jnp.float32),
             plgpu.SMEM((INDICES, TILE), jnp.int32),
-            staging((Crew.warpgroups, TILE, HALF), jnp.float16),
-            staging((Crew.warpgroups, HALF, TILE), E4M3, swizzle=HALF),
-            plgpu.SMEM((Crew.warpgroups, HALF), jnp.float32),
+            staging((GatherCrew.warpgroups, TILE, HALF), jnp.float16),
+            staging((GatherCrew.warpgroups, HALF, TILE), E4M3, swizzle=HALF),
+            plgpu.SMEM((GatherCrew.warpgroups, HALF), jnp.float32),
             plgpu.Barrier(num_arrivals=TILE + STRIP // TILE, num_barriers=SLOTS),
-            plgpu.Barrier(num_arrivals=Crew.warpgroups, num_barriers=SLOTS),
+            plgpu.Barrier(num_arrivals=GatherCrew.warpgroups, num_barriers=SLOTS),
             plgpu.Barrier(num_barriers=INDICES),
         ],
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=Crew.warpgroups + 1,
+        num_threads=GatherCrew.warpgroups + 1,
         thread_name="wg",
         kernel_name="retile_rows",
         # The other semantics want to swizzle what comes row by row.
