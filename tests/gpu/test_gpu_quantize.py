@@ -15,7 +15,7 @@ KERNEL = {"implementation": "mosaic_gpu"}
 
 
 @pytest.mark.parametrize("power_of_2", [False, True])
-@pytest.mark.parametrize("shape", [(128, 128), (384, 512), (4096, 1536), (8, 256), (200, 1280)])
+@pytest.mark.parametrize("shape", [(128, 128), (384, 512), (4096, 1536), (8, 256), (200, 1280), (1024, 576)])
 def test_rows_and_columns(shape, power_of_2):
     x = expected.hard(shape) if shape[0] > 8 else expected.wide(0, shape)
     on_gpu = jnp.asarray(x)
@@ -26,12 +26,16 @@ def test_rows_and_columns(shape, power_of_2):
         expected.assert_tiled(columns, expected.columns(x, power_of_2))
 
 
-@pytest.mark.parametrize("shape", [(128, 128), (384, 7168), (4096, 512)])
-def test_both_and_retile(shape):
+@pytest.mark.parametrize("shape", [(128, 128), (384, 7168), (4096, 512), (16384, 576)])
+def test_both(shape):
     x = expected.hard(shape)
     rows, columns = quantize.quantize_both(jnp.asarray(x), **KERNEL)
     expected.assert_tiled(rows, expected.rows(x))
     expected.assert_tiled(columns, expected.columns(x))
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (384, 7168), (4096, 512)])
+def test_retile(shape):
     values, scales = expected.rows(expected.wide(1, shape))
     retiled = quantize.retile(Tiled(jnp.asarray(values), jnp.asarray(scales)), **KERNEL)
     expected.assert_tiled(retiled, expected.columns(expected.dequantize(values, scales)))
@@ -59,8 +63,9 @@ def test_retile_of_gathered_rows(shape):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_blocks(dtype):
-    weight = jnp.asarray(expected.wide(2, (3, 256, 640), np.float32)).astype(dtype)
+@pytest.mark.parametrize("n", [640, 576])
+def test_blocks(n, dtype):
+    weight = jnp.asarray(expected.wide(2, (3, 256, n), np.float32)).astype(dtype)
     blocks = quantize.quantize_blocks(weight, **KERNEL)
     for group in range(3):
         values, transposed, scales = expected.blocks(weight[group])

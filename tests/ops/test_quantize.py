@@ -113,9 +113,9 @@ def test_e5m6_tiles_have_powers_of_two():
     assert (error <= np.maximum(np.abs(x.astype(np.float32)) / 128, smallest)).all()
 
 
-@pytest.mark.parametrize("power_of_2", [False, True])
-def test_kernel_of_rows_and_columns(power_of_2):
-    x = expected.hard((256, 384), nan=False)
+@pytest.mark.parametrize(("k", "power_of_2"), [(384, False), (320, True), (192, False)])
+def test_kernel_of_rows_and_columns(k, power_of_2):
+    x = expected.hard((256, k), nan=False)
     rows, columns = mosaic_gpu_tiles.quantize(jnp.asarray(x), power_of_2=power_of_2, **INTERPRET)
     expected.assert_tiled(rows, expected.rows(x, power_of_2))
     expected.assert_tiled(columns, expected.columns(x, power_of_2))
@@ -166,8 +166,9 @@ def test_kernel_of_retile_of_gathered_rows():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_kernel_of_blocks(dtype):
-    weight = expected.wide(7, (2, 128, 256), np.float32).astype(dtype)
+@pytest.mark.parametrize("n", [256, 192])
+def test_kernel_of_blocks(n, dtype):
+    weight = expected.wide(7, (2, 128, n), np.float32).astype(dtype)
     blocks = jax.device_get(mosaic_gpu_blocks.quantize_blocks(jnp.asarray(weight), **INTERPRET))
     for group in range(2):
         values, transposed, scales = expected.blocks(weight[group])
@@ -250,6 +251,7 @@ F32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     ("kernel", "inputs"),
     [
         (mosaic_gpu_tiles.quantize, [BF16(4096, 7168)]),
+        (mosaic_gpu_tiles.quantize, [BF16(4096, 576)]),
         (lambda x: mosaic_gpu_tiles.quantize(x, along_columns=False, power_of_2=True), [BF16(4104, 18432)]),
         (mosaic_gpu_tiles.retile, [_tiled_shape(32768, 2048)]),
         (mosaic_gpu_rows.retile_rows, [*_gathered_shape(4096, 33280, 7168)]),
@@ -258,8 +260,21 @@ F32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
         (mosaic_gpu_swiglu.swiglu_quantize, [BF16(4096, 4096), F32(4096)]),
         (mosaic_gpu_swiglu_backward.swiglu_quantize_backward, [_tiled_shape(4096, 4096), BF16(4096, 2048), F32(4096)]),
         (mosaic_gpu_blocks.quantize_blocks, [F32(4, 7168, 4096)]),
+        (mosaic_gpu_blocks.quantize_blocks, [F32(4, 7168, 576)]),
     ],
-    ids=["both", "rows", "retile", "gathered", "rms_norm", "narrow rms_norm", "swiglu", "swiglu backward", "blocks"],
+    ids=[
+        "both",
+        "narrow last tile",
+        "rows",
+        "retile",
+        "gathered",
+        "rms_norm",
+        "narrow rms_norm",
+        "swiglu",
+        "swiglu backward",
+        "blocks",
+        "narrow last block",
+    ],
 )
 def test_kernels_lower_for_the_gpu(kernel, inputs):
     jax.jit(kernel).trace(*inputs).lower(**LOWERED)
@@ -271,7 +286,7 @@ def test_implementations_are_named_and_refused():
         quantize.quantize_rows(x, implementation="cuda")
     for refused, why in (
         (x, "needs a Hopper GPU"),
-        (x[:, :80], "widths in multiples of 128, not 80"),
+        (x[:, :72], "widths in multiples of 64, not 72"),
         (x[:7], "rows in mult"),
     ):
         with pytest.raises(NotImplementedError, match=why):

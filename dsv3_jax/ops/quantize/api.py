@@ -19,13 +19,14 @@ from dsv3_jax.ops.quantize import (
     reference,
 )
 from dsv3_jax.ops.quantize.formats import TILE, Blocked, SwiGLUBackward, Tiled
+from dsv3_jax.ops.quantize.mosaic_gpu_pipeline import HALF
 
 
 def quantize_rows(
     x: Float[Array, "rows k"], power_of_2: bool = False, implementation: Implementation | None = None
 ) -> Tiled:
     """1x128 tiles along the last axis: an operand of the forward product, or of the input gradient."""
-    if not _takes_kernel(implementation, _type(x), _rows(x, 8), _width(x.shape[1])):
+    if not _takes_kernel(implementation, _type(x), _rows(x, 8), _width(x.shape[1], HALF)):
         return reference.quantize_rows(x, power_of_2)
     return mosaic_gpu_tiles.quantize(x, along_columns=False, power_of_2=power_of_2)[0]
 
@@ -34,7 +35,7 @@ def quantize_columns(
     x: Float[Array, "rows k"], power_of_2: bool = False, implementation: Implementation | None = None
 ) -> Tiled:
     """128x1 tiles, as tiles of the transpose [k, rows]: an operand of the weight gradient."""
-    if not _takes_kernel(implementation, _type(x), _rows(x, TILE), _width(x.shape[1])):
+    if not _takes_kernel(implementation, _type(x), _rows(x, TILE), _width(x.shape[1], HALF)):
         return reference.quantize_columns(x, power_of_2)
     return mosaic_gpu_tiles.quantize(x, along_rows=False, power_of_2=power_of_2)[0]
 
@@ -42,14 +43,14 @@ def quantize_columns(
 def quantize_columns_through_e5m6(x: Float[Array, "rows k"], implementation: Implementation | None = None) -> Tiled:
     """128x1 tiles with scales of powers of two, of x rounded to E5M6: what the weight gradient of the linear after
     attention reads (report 3.3.3)."""
-    if not _takes_kernel(implementation, _type(x), _rows(x, TILE), _width(x.shape[1])):
+    if not _takes_kernel(implementation, _type(x), _rows(x, TILE), _width(x.shape[1], HALF)):
         return reference.quantize_columns_through_e5m6(x)
     return mosaic_gpu_tiles.quantize(x, along_rows=False, power_of_2=True, through_e5m6=True)[0]
 
 
 def quantize_both(x: Float[Array, "rows k"], implementation: Implementation | None = None) -> tuple[Tiled, Tiled]:
     """`quantize_rows` and `quantize_columns` of one reading of x, as an output gradient needs."""
-    if not _takes_kernel(implementation, _type(x), _rows(x, TILE), _width(x.shape[1])):
+    if not _takes_kernel(implementation, _type(x), _rows(x, TILE), _width(x.shape[1], HALF)):
         return reference.quantize_rows(x), reference.quantize_columns(x)
     return mosaic_gpu_tiles.quantize(x)
 
@@ -57,7 +58,7 @@ def quantize_both(x: Float[Array, "rows k"], implementation: Implementation | No
 def quantize_blocks(weight: Float[Array, "*groups k n"], implementation: Implementation | None = None) -> Blocked:
     """A weight in 128x128 blocks, in both layouts."""
     k, n = weight.shape[-2:]
-    if not _takes_kernel(implementation, _type(weight, jnp.bfloat16, jnp.float32), _width(k), _width(n)):
+    if not _takes_kernel(implementation, _type(weight, jnp.bfloat16, jnp.float32), _width(k), _width(n, HALF)):
         return reference.quantize_blocks(weight)
     return mosaic_gpu_blocks.quantize_blocks(weight)
 

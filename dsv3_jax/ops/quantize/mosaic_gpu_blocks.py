@@ -48,7 +48,7 @@ def quantize_blocks(
         a warpgroup    | 64 rows, largest values | exchange, quantize rows i | reread transposed, quantize
     """
     *groups, k, n = weight.shape
-    rows, k_blocks, n_blocks = math.prod(groups) * k, k // TILE, n // TILE
+    rows, k_blocks, n_blocks = math.prod(groups) * k, k // TILE, pl.cdiv(n, TILE)
 
     def kernel(x_g, values_g, transposed_g, scales_g, x_s, largest_s, values_s, fetched, released, exchanged):
         start = lax.axis_index("wg") * HALF
@@ -81,7 +81,7 @@ def quantize_blocks(
             tile = load_transposed(slot)
             plgpu.barrier_arrive(released.at[slot])
             refill()
-            write_values((tile * inverse).astype(E4M3), values_s, 1, transposed_g, group * n + j * TILE + start, block)
+            write_values((tile * inverse).astype(E4M3), values_s, 1, transposed_g.at[group], j * TILE + start, block)
 
         for_each_tile((rows // TILE, n_blocks), [(fetch, released)], work)
 
@@ -94,13 +94,13 @@ def quantize_blocks(
         compiler_params=PARAMS,
         out_type=[
             jax.ShapeDtypeStruct((rows, n), E4M3),
-            jax.ShapeDtypeStruct((rows // k * n, k), E4M3),
+            jax.ShapeDtypeStruct((rows // k, n, k), E4M3),
             jax.ShapeDtypeStruct((rows // TILE, n_blocks), jnp.float32),
         ],
         scratch_types=[
             staging((1, TILE, TILE), weight.dtype),
             plgpu.SMEM((TILE,), jnp.float32),
-            output_staging(buffers=2)[0],
+            output_staging(buffers=2, width=n)[0],
             plgpu.Barrier(num_barriers=1),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=1),
             plgpu.Barrier(num_arrivals=WARPGROUPS),

@@ -39,9 +39,11 @@ def staging(shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int = 128) -> plg
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def output_staging(buffers: int, warpgroups: int = WARPGROUPS) -> list:
-    """Values and scales that wait to be written: `buffers` halves of a tile for each warpgroup."""
-    return [staging((warpgroups, buffers, HALF, TILE), E4M3), plgpu.SMEM((warpgroups, buffers, HALF), jnp.float32)]
+def output_staging(buffers: int, warpgroups: int = WARPGROUPS, width: int = TILE) -> list:
+    """Values and scales that wait to be written: `buffers` halves of a tile for each warpgroup. Rows of the values have
+    a `width` of whole or half tiles: the copy engine takes whole pieces."""
+    values = staging((warpgroups, buffers, HALF, TILE), E4M3, swizzle=math.gcd(width, TILE))
+    return [values, plgpu.SMEM((warpgroups, buffers, HALF), jnp.float32)]
 
 
 def tiled_types(rows: int, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

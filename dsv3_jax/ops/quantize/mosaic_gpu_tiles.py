@@ -45,7 +45,8 @@ def quantize(
         warpgroup 0    | rows 0:64 of tile i   | columns 0:64   | refill the slot
         warpgroup 1    | rows 64:128           | columns 64:128 |
 
-    `through_e5m6` rounds x before that: the warpgroups put their rows back into the slot, and wait for one another.
+    The last tile of a row may be a half: the copy engine reads zeros there, and drops what is written. `through_e5m6`
+    rounds x before that: the warpgroups put their rows back into the slot, and wait for one another.
     """
     rows, k = x.shape
     types = (tiled_types(rows, k) if along_rows else ()) + (tiled_types(k, rows) if along_columns else ())
@@ -82,11 +83,11 @@ def quantize(
                 write(quantized, buffers, 1 if both else slot, outputs[-2:], j * TILE + start, i)
             refill()
 
-        for_each_tile((pl.cdiv(rows, TILE), k // TILE), [(fetch, released)], work)
+        for_each_tile((pl.cdiv(rows, TILE), pl.cdiv(k, TILE)), [(fetch, released)], work)
 
     scratch = [
         staging((2, TILE, TILE), x.dtype),
-        *output_staging(buffers=2),
+        *output_staging(buffers=2, width=k if along_rows else TILE),
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
