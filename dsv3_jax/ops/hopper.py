@@ -250,3 +250,25 @@ class Store:
             plgpu.commit_smem()
             target = out_ref.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(col + first, self.width)]
             plgpu.copy_smem_to_gmem(slot_ref, target, reduction_op="add" if add else None)
+
+
+@dataclass(frozen=True)
+class RowSquares:
+    """Writes the sum of squares of each row of a warpgroup's tile: a gradient's norm, without reading it again."""
+
+    groups: int
+    rows: int
+    """Of all of a group's tiles together."""
+    col_tiles: int
+    cols: int
+    """Of a tile."""
+
+    @property
+    def out_type(self) -> jax.ShapeDtypeStruct:
+        """A sum for each row of each tile of columns."""
+        return jax.ShapeDtypeStruct((self.groups, self.col_tiles, self.rows), jnp.float32)
+
+    def __call__(self, sums: list[Array], out_ref: Any, row: Array, col: Array) -> None:
+        """Of rows from `row`, of the columns that begin at `col`, into those of the group."""
+        target = out_ref.at[lax.div(col, jnp.int32(self.cols)), pl.ds(row, WARPGROUP_ROWS)]
+        target[...] = sum((piece * piece).sum(axis=1) for piece in sums)

@@ -76,6 +76,13 @@ class Recipe:
             return op.fp8_wgrad(x_columns, dy_columns, **how)
         return op.fp8_grouped_wgrad(x_columns, dy_columns, tile_group, groups, **how)
 
+    def wgrad_with_squares(
+        self, groups: int, x_columns: Tiled, dy_columns: Tiled, tile_group: Int[Array, " tiles"]
+    ) -> tuple[Float[Array, "groups k n"], Float[Array, " groups"]]:
+        """`wgrad` of groups, and the sum of the squares of each group's: by the kernel, where it runs. Not of a variant
+        that sums in another way."""
+        return api.fp8_grouped_wgrad_and_squares(x_columns, dy_columns, tile_group, groups)
+
     def add_wgrad(
         self,
         groups: int | None,

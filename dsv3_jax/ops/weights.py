@@ -5,6 +5,9 @@ must not be rounded to that type on its way back. So a cast weight travels as a 
 float32 slot of the same shape that is never read. Differentiating with respect to the slot gives the float32
 gradient. An `FP8Weight` is the same for a value in FP8 blocks.
 
+Where a gradient is final when it is written, the kernel that writes it sums its squares too, for its norm: such a
+weight's slot is `Measured`.
+
 A pipeline computes weight gradients later than those of inputs. Its weights have a name instead of a slot: the
 backward pass logs, under that name, the `WeightProduct` that is the gradient (`jax.vjp(...)[1].with_logs`).
 """
@@ -32,12 +35,26 @@ _BF16_LEAVES = {"embed", "head", "projection"}
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Measured:
+    """A float32 gradient, and the sum of the squares of each of its matrices."""
+
+    gradient: Float[Array, "*groups k n"]
+    squares: Float[Array, "*groups"]
+
+
+Slot = Array | Measured
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class MixedWeight:
     """A weight in the type the products read, and the float32 slot that its gradient lands in, or its name."""
 
     value: Float[Array, "*shape"]
-    slot: Float[Array, "*shape"] | None = None
+    slot: Float[Array, "*shape"] | Measured | None = None
     name: str | None = field(default=None, metadata={"static": True})
+    measured: bool = field(default=False, metadata={"static": True})
+    """Whether the slot is `Measured`, which a backward pass must know that does not keep the slot."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,9 +66,11 @@ class FP8Weight:
     """
 
     value: Blocked
-    slot: Float[Array, "*groups k n"] | None = None
+    slot: Float[Array, "*groups k n"] | Measured | None = None
     recipe: Recipe = field(default=Recipe(), metadata={"static": True})
     name: str | None = field(default=None, metadata={"static": True})
+    measured: bool = field(default=False, metadata={"static": True})
+    """Whether the slot is `Measured`."""
 
 
 Weight = Array | MixedWeight | FP8Weight
@@ -70,10 +89,20 @@ class WeightProduct:
     add: Callable[..., Array] | None = field(default=None, metadata={"static": True})
     """Like `product`, with a total and the index of what is added to between settings and operands. None where nothing
     is faster than the product and then the sum."""
+    with_squares: Callable[..., tuple[Array, Array]] | None = field(default=None, metadata={"static": True})
+    """Like `product`, and returns the sums of the squares of its matrices too. None where nothing is faster than the
+    product and then these."""
 
     def compute(self) -> Float[Array, "*shape"]:
         """The gradient, in float32."""
         return self.product(*self.settings, *self.operands)
+
+    def measure(self) -> Measured:
+        """The gradient and its squares."""
+        if self.with_squares is not None:
+            return Measured(*self.with_squares(*self.settings, *self.operands))
+        gradient = self.compute()
+        return Measured(gradient, jnp.sum(gradient * gradient, axis=(-2, -1)))
 
     def add_to(self, total: Float[Array, "layers ..."], layer: Int[Array, ""]) -> Float[Array, "layers ..."]:
         """`total`, with the gradient added to one of its elements."""
@@ -89,7 +118,8 @@ def conclude(weight: MixedWeight | FP8Weight, gradient: WeightProduct) -> tuple[
     """What a backward pass returns for a weight, and what it logs: the gradient now, or only what it is made of."""
     if weight.name is not None:
         return dataclasses.replace(weight, value=None, slot=None), {weight.name: gradient}
-    return dataclasses.replace(weight, value=None, slot=gradient.compute()), {}
+    slot = gradient.measure() if weight.measured else gradient.compute()
+    return dataclasses.replace(weight, value=None, slot=slot), {}
 
 
 def conclude_fp8(
@@ -98,8 +128,9 @@ def conclude_fp8(
     """`conclude` for a weight in FP8; with a `tile_group` for the weights of all groups, from rows sorted by group."""
     groups = None if tile_group is None else weight.value.values.shape[0]
     add = Recipe.add_wgrad if weight.recipe.accumulator is None else None
+    with_squares = Recipe.wgrad_with_squares if add and groups else None
     operands, settings = (x_columns, dy_columns, tile_group), (weight.recipe, groups)
-    return conclude(weight, WeightProduct(operands, Recipe.wgrad, settings, add))
+    return conclude(weight, WeightProduct(operands, Recipe.wgrad, settings, add, with_squares))
 
 
 def weight_type(path: Sequence[Any], precision: str) -> jnp.dtype:
@@ -140,26 +171,38 @@ def cast_for_inference(params: Params, precision: str) -> Params:
     return cast_weights(params, "bf16" if precision == "fp8" else precision)
 
 
-def gradient_slots(compute: Params) -> Params:
-    """What to differentiate with respect to: float32 weights themselves, zeros in the shape of the others."""
+def gradient_slots(compute: Params, measured: Params | None = None) -> Params:
+    """What to differentiate with respect to: float32 weights themselves, zeros in the shape of the others.
 
-    def slot(w: Array | FP8Weight) -> Array:
-        if isinstance(w, FP8Weight):
-            return jnp.zeros(w.value.values.shape, jnp.float32)
-        return w if w.dtype == jnp.float32 else jnp.zeros(w.shape, jnp.float32)
+    `measured` says of each weight whether its slot is `Measured`: None of none, and a float32 weight's never is.
+    """
 
-    return jax.tree.map(slot, compute, is_leaf=is_fp8)
+    def slot(w: Array | FP8Weight, measured: bool) -> Slot:
+        if not is_fp8(w) and w.dtype == jnp.float32:
+            return w
+        shape = w.value.values.shape if is_fp8(w) else w.shape
+        zeros = jnp.zeros(shape, jnp.float32)
+        return Measured(zeros, jnp.zeros(shape[:-2])) if measured else zeros
+
+    measured = jax.tree.map(lambda _: False, compute, is_leaf=is_fp8) if measured is None else measured
+    return jax.tree.map(slot, compute, measured, is_leaf=is_fp8)
 
 
 def attach_slots(compute: Params, slots: Params) -> Params:
     """The tree a model is applied to, from the compute copy and what `gradient_slots` returned for it."""
 
-    def attach(w: Array | FP8Weight, slot: Array) -> Weight:
+    def attach(w: Array | FP8Weight, slot: Slot) -> Weight:
+        measured = is_measured(slot)
         if isinstance(w, FP8Weight):
-            return dataclasses.replace(w, slot=slot)
-        return slot if w.dtype == jnp.float32 else MixedWeight(w, slot)
+            return dataclasses.replace(w, slot=slot, measured=measured)
+        return slot if w.dtype == jnp.float32 else MixedWeight(w, slot, measured=measured)
 
     return jax.tree.map(attach, compute, slots, is_leaf=is_fp8)
+
+
+def is_measured(slot: Slot) -> bool:
+    """Whether a slot, or the gradient in it, has its squares beside it."""
+    return isinstance(slot, Measured)
 
 
 def name_weights(compute: Params) -> dict[str, Array | MixedWeight | FP8Weight]:

@@ -77,6 +77,11 @@ class Sharding(Placement):
         split = {self.zero_dim, self.pipe_dim} & {self.ndim - 2, self.ndim - 1}
         return any(shard[dim] % TILE != 0 for dim in split)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether a device has all of a gradient, or of its experts', before `reduce`."""
+        return not self.pipe_axes and not self.replica_axes
+
     def reduce(self, gradient: Array) -> Array:
         """Sum of the replicas' gradients, as this device's shard."""
         gradient = self._from_ranks(gradient)

@@ -18,7 +18,7 @@ from dsv3_jax.model.moe import Exchange, LocalExchange
 from dsv3_jax.model.transformer import RouterBias
 from dsv3_jax.ops.quantize import E4M3
 from dsv3_jax.ops.recipe import Recipe
-from dsv3_jax.ops.weights import FP8Weight, Params, attach_slots, gradient_slots, weight_type
+from dsv3_jax.ops.weights import FP8Weight, Params, Slot, attach_slots, gradient_slots, is_measured, weight_type
 from dsv3_jax.parallel.expert import ExpertExchange, ReplicatedExperts, reach_of
 from dsv3_jax.parallel.mesh import vary_over
 from dsv3_jax.parallel.placement import batch_axes, expert_axes, pipe_axes
@@ -137,11 +137,11 @@ def _device_step(
         )
     else:
         streams = 2 if config.parallel.overlap_microbatches else 1
-        gradients, report = _accumulate(loss, _vary_all(gradient_slots(compute), axes), tokens, axes, streams)
+        slots = gradient_slots(compute, _measured(shardings, tokens.shape[0]))
+        gradients, report = _accumulate(loss, _vary_all(slots, axes), tokens, axes, streams)
     report = _over_mesh(report, axes)
     scale = 1.0 / (math.prod(mesh.shape[axis] for axis in axes) * tokens.shape[0])
-    gradients = jax.tree.map(lambda g, s: s.reduce(g) * scale, gradients, shardings)
-    squares = jax.tree.map(lambda g, s: s.total(jnp.sum(g * g)), gradients, shardings)
+    gradients, squares = _reduced(gradients, shardings, scale)
     grad_norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
     applied = jnp.isfinite(report.loss) & jnp.isfinite(grad_norm) & (report.overflow == 0)
     applied &= knobs.overflow_before == 0
@@ -152,6 +152,26 @@ def _device_step(
     new = TrainState(params, moments, bias)
     new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
     return new, StepReport(report, grad_norm, applied)
+
+
+def _measured(shardings: dict[str, Any], microbatches: int) -> Params:
+    """Of which gradients the squares are wanted where they are computed: of experts, where they are final then. Others
+    are too few for it to matter."""
+    is_final = lambda s: microbatches == 1 and s.is_whole  # noqa: E731
+    return jax.tree.map(lambda s: s.expert_dim is not None and is_final(s), shardings)
+
+
+def _reduced(gradients: Params, shardings: dict[str, Any], scale: float) -> tuple[Params, Params]:
+    """The means over all replicas, as this device's shards, and the sums of their squares over all shards."""
+
+    def reduced(gradient: Slot, sharding: Sharding) -> tuple[Array, Array]:
+        if is_measured(gradient):
+            return gradient.gradient * scale, sharding.total(jnp.sum(gradient.squares)) * scale**2
+        mean = sharding.reduce(gradient) * scale
+        return mean, sharding.total(jnp.sum(mean * mean))
+
+    pairs = jax.tree.map(reduced, gradients, shardings, is_leaf=is_measured)
+    return jax.tree.transpose(jax.tree.structure(shardings), jax.tree.structure((0, 0)), pairs)
 
 
 def update_router_bias(

@@ -17,6 +17,7 @@ from dsv3_jax.ops.fp8_matmul import (
     fp8_grouped_matmul,
     fp8_grouped_matmul_transposed,
     fp8_grouped_wgrad,
+    fp8_grouped_wgrad_and_squares,
     fp8_matmul,
     fp8_matmul_transposed,
     fp8_wgrad,
@@ -180,9 +181,27 @@ def test_grouped_wgrad_kernel_is_the_reference_and_zero_without_tokens():
     assert calc_diff(dw[3:], expected + 1) < 1e-9
 
 
+@pytest.mark.parametrize("config", [Config(128, stages=2), Config(192, stages=2)], ids=["two", "three"])
+def test_grouped_wgrad_kernel_sums_the_squares_of_what_it_stores(config):
+    # Tiles reach beyond the last row and the last column.
+    x, dy = quantize_columns(normal(0, 512, 200)), quantize_columns(normal(1, 512, 136))
+    bounds = jnp.array([0, 1, 1, 3], jnp.int32)
+    run = partial(mosaic_gpu.wgrad, config=config, num_sms=2, interpret=INTERPRET)
+    operands = x.values, x.scales, dy.values, dy.scales, bounds
+    dw, squares = jax.device_get(run(*operands, squares=True))
+    np.testing.assert_array_equal(dw, run(*operands))
+    np.testing.assert_allclose(squares, np.square(dw.astype(np.float64)).sum(axis=(1, 2)), rtol=1e-5)
+    tile_group = jnp.array([0, 2, 2, 3], jnp.int32)
+    by_reference = jax.jit(fp8_grouped_wgrad_and_squares, static_argnums=3)(x, dy, tile_group, 3)
+    assert calc_diff(dw, by_reference[0]) < 1e-9
+    np.testing.assert_allclose(squares, by_reference[1], rtol=1e-5)
+
+
 def test_cuts_that_would_compute_wrong_numbers_are_refused():
     x, dy = quantize_columns(normal(0, 128, 72)), quantize_columns(normal(1, 128, 136))
     operands = x.values, x.scales, dy.values, dy.scales
+    with pytest.raises(ValueError, match="squares are of what is stored"):
+        mosaic_gpu.wgrad(*operands, config=Config(), total=jnp.ones((1, 72, 136)), squares=True)
     with pytest.raises(ValueError, match="cluster=2: products with a scale for each row of b must run with cluster=1"):
         mosaic_gpu.wgrad(*operands, config=Config(cluster=2))
     with pytest.raises(ValueError, match="cols=64: FP8 products are cut into tiles of 128 columns"):

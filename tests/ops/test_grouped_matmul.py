@@ -106,7 +106,7 @@ def test_hopper_kernels_interpreted_are_the_reference_on_tiles_that_have_rows():
     def products(x, dy, w, narrow_dy, narrow_w):
         y = mosaic_gpu.grouped_product(x, w, tile_group, **run)
         dx = mosaic_gpu.grouped_product(narrow_dy, narrow_w, tile_group, transposed=True, **run)
-        return y, dx, mosaic_gpu.grouped_wgrad(x, dy, bounds, **run)
+        return y, dx, *(mosaic_gpu.grouped_wgrad(x, dy, bounds, squares=squares, **run) for squares in (False, True))
 
     @jax.jit
     def expected(x, dy, w, narrow_dy, narrow_w):
@@ -117,12 +117,14 @@ def test_hopper_kernels_interpreted_are_the_reference_on_tiles_that_have_rows():
             reference.grouped_wgrad(x, dy, tile_group, 3),
         )
 
-    *got, dw = jax.device_get(products(x, dy, w, narrow_dy, narrow_w))
+    *got, dw, (again, squares) = jax.device_get(products(x, dy, w, narrow_dy, narrow_w))
     *want, want_dw = jax.device_get(expected(x, dy, w, narrow_dy, narrow_w))
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(np.float32(ours[held]), np.float32(theirs[held]), rtol=2**-7, atol=1e-2)
     np.testing.assert_allclose(dw, want_dw, atol=1e-4)
     assert not dw[1].any()
+    np.testing.assert_array_equal(again, dw)
+    np.testing.assert_allclose(squares, np.square(dw.astype(np.float64)).sum(axis=(1, 2)), rtol=1e-5)
 
 
 def test_naming_a_kernel_that_cannot_run_says_why():

@@ -7,6 +7,8 @@ the number of groups, may hold anything, in operands and results alike.
 run raises NotImplementedError, an unknown name ValueError.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -92,6 +94,21 @@ def fp8_grouped_wgrad(
     return _added(reference.grouped_wgrad(x_columns, dy_columns, tile_group, groups), total, layer)
 
 
+def fp8_grouped_wgrad_and_squares(
+    x_columns: Tiled,
+    dy_columns: Tiled,
+    tile_group: Int[Array, " tiles"],
+    groups: int,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "groups k n"], Float[Array, " groups"]]:
+    """`fp8_grouped_wgrad`, and the sum of the squares of each group's gradient, which the kernel has in registers."""
+    tile = x_columns.values.shape[1] // tile_group.shape[0]
+    if _takes_kernel(implementation, x_columns.values, dy_columns.values, tile):
+        return _sum_over_tokens(x_columns, dy_columns, group_bounds(tile_group, groups), squares=True)
+    dw = reference.grouped_wgrad(x_columns, dy_columns, tile_group, groups)
+    return dw, jnp.sum(dw * dw, axis=(1, 2))
+
+
 def _takes_kernel(implementation: Implementation | None, a: Array, b: Array, tile: int = TILE) -> bool:
     """Whether the kernel runs, for operands of [rows, k] and [..., rows, k], grouped in tiles of `tile` rows."""
     odd = next((rows for rows in (a.shape[0], b.shape[-2]) if rows % 8), None)
@@ -140,21 +157,21 @@ def _tilewise(
 ) -> Array:
     _refuse_layer_of_nothing(total, layer)
     groups = 1 if bounds is None else bounds.shape[0] - 1
-    shape = (x.values.shape[0], dy.values.shape[0], x.values.shape[1] // groups)
-    results = mosaic_gpu.wgrad(
-        _whole_tiles(x.values),
-        x.scales,
-        _whole_tiles(dy.values),
-        dy.scales,
-        bounds,
-        config=config_for("wgrad" if bounds is None else "grouped_wgrad", *shape, groups),
-        total=None if total is None else total.reshape(-1, *total.shape[-2:]),
-        first=None if layer is None else layer * groups,
-        num_sms=multiprocessors(),
-    )
+    total_of_results = None if total is None else total.reshape(-1, *total.shape[-2:])
+    first = None if layer is None else layer * groups
+    results = _sum_over_tokens(x, dy, bounds, total=total_of_results, first=first)
     if total is not None:
         return results.reshape(total.shape)
     return results[0] if bounds is None else results
+
+
+def _sum_over_tokens(x: Tiled, dy: Tiled, bounds: Int[Array, " groups_and_1"] | None, **options: Any) -> Any:
+    """`mosaic_gpu.wgrad` in the cut for these shapes."""
+    groups = 1 if bounds is None else bounds.shape[0] - 1
+    shape = (x.values.shape[0], dy.values.shape[0], x.values.shape[1] // groups)
+    config = config_for("wgrad" if bounds is None else "grouped_wgrad", *shape, groups)
+    operands = _whole_tiles(x.values), x.scales, _whole_tiles(dy.values), dy.scales, bounds
+    return mosaic_gpu.wgrad(*operands, config=config, num_sms=multiprocessors(), **options)
 
 
 def _whole_tiles(values: Array) -> Array:

@@ -62,7 +62,7 @@ def matmul(
     return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, num_sms=num_sms, interpret=interpret)
 
 
-@lowered_once("config", "num_sms", "interpret")
+@lowered_once("config", "squares", "num_sms", "interpret")
 def wgrad(
     a: Float8e4m3fn[Array, "m tokens"],
     a_scales: Float[Array, "tiles m"],
@@ -73,13 +73,15 @@ def wgrad(
     config: Config,
     total: Float[Array, "results m n"] | None = None,
     first: Int[Array, ""] | None = None,
+    squares: bool = False,
     num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
-) -> Float[Array, "results m n"]:
+) -> Float[Array, "results m n"] | tuple[Float[Array, "groups m n"], Float[Array, " groups"]]:
     """a @ b^T over the 128-token tiles bounds[g] to bounds[g + 1] of each group g, in float32, added to total[g], or to
     total[first + g].
 
-    A group without tokens gets zero. Without bounds there is one group of all tokens.
+    A group without tokens gets zero. Without bounds there is one group of all tokens. With `squares`, which excludes a
+    total, the sum of the squares of each group's result too.
     """
     m, n = a.shape[0], b.shape[0]
     groups = 1 if bounds is None else bounds.shape[0] - 1
@@ -102,7 +104,9 @@ def wgrad(
     out = jax.ShapeDtypeStruct((groups, m, n) if total is None else total.shape, jnp.float32)
     index = jnp.zeros(0 if first is not None else 1, jnp.int32) if bounds is None else bounds
     index = index if first is None else jnp.append(index, first.astype(jnp.int32))
-    return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, total, first, num_sms, interpret)
+    return scaled_product(
+        problem, index, a, a_scales, b, b_scales, out, config, total, first, squares, num_sms, interpret
+    )
 
 
 def _row_tiles(tile_group: Int[Array, " tiles"], groups: int, rows: int) -> Int[Array, "3 row_tiles"]:

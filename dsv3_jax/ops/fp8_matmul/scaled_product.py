@@ -24,7 +24,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from dsv3_jax.ops.hopper import MULTIPROCESSORS, WARPGROUP_ROWS, Config, Store, in_turns, operand, through_slots, walk
+from dsv3_jax.ops.hopper import (
+    MULTIPROCESSORS,
+    WARPGROUP_ROWS,
+    Config,
+    RowSquares,
+    Store,
+    in_turns,
+    operand,
+    through_slots,
+    walk,
+)
 from dsv3_jax.ops.quantize.formats import E4M3, TILE
 
 _STORED_BYTES = 256
@@ -81,14 +91,18 @@ def scaled_product(
     config: Config,
     total: Array | None = None,
     first: Array | None = None,
+    squares: bool = False,
     num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
     """Run a problem; `index` is what its `fetch` reads, `total` is added to: from its element `first` on, where the
     problem's `work` says so. Operands are [..., rows, k].
 
+    `squares` asks for the sums of the squares of each group's results too: of what is stored, so of no total.
     Raises ValueError for cuts that would compute wrong numbers.
     """
+    if squares and total is not None:
+        raise ValueError("squares are of what is stored: they cannot be had of what is added to a total")
     if config.cols != TILE:
         raise ValueError(f"cols={config.cols}: FP8 products are cut into tiles of {TILE} columns, the width of a scale")
     if problem.block_scale is None and config.cluster > 1:
@@ -102,8 +116,10 @@ def scaled_product(
     width = min(TILE, _STORED_BYTES // jnp.dtype(out.dtype).itemsize)
     store = Store(TILE, chunk, out.dtype, out.shape[-1], width, slots=1)
     add = total is not None and interpret is None  # the interpreter cannot add on the way to global memory
+    row_squares = RowSquares(groups, row_tiles * config.rows, col_tiles, TILE) if squares else None
 
-    def body(index_ref, a_ref, as_ref, b_ref, bs_ref, out_ref, a_s, b_s, as_s, bs_s, out_s, full, empty):
+    def body(index_ref, a_ref, as_ref, b_ref, bs_ref, out_ref, *refs):
+        *squares_ref, a_s, b_s, as_s, bs_s, out_s, full, empty = refs
         wg, stages = lax.axis_index("wg"), config.stages
         mate = lax.axis_index("mate") if config.cluster > 1 else 0
         together = "mate" if config.cluster > 1 else None
@@ -202,6 +218,8 @@ def scaled_product(
 
             def write() -> None:
                 store(sums, out_s.at[wg], out_of(work), row, work.col, add)
+                if row_squares:
+                    row_squares(sums, squares_ref[0].at[work.group], row, work.col)
 
             write() if work.end is None else pl.when(row < work.end)(write)
 
@@ -216,7 +234,7 @@ def scaled_product(
     arrivals = 4 if problem.block_scale is None else 3
     run = plgpu.kernel(
         body,
-        out_type=() if add else out,
+        out_type=() if add else [out, row_squares.out_type] if row_squares else out,
         scratch_types=[
             operand((config.stages, config.rows, TILE), E4M3),
             operand((config.stages, TILE, TILE), E4M3),
@@ -238,6 +256,8 @@ def scaled_product(
     operands = (index, a, a_scales, b, b_scales)
     if not add:
         result = run(*operands)
+        if row_squares:
+            return result[0], result[1].sum(axis=(1, 2))
         if total is None:
             return result
         added_to = jnp.arange(groups) + (0 if first is None else first)

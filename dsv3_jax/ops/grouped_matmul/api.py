@@ -41,7 +41,8 @@ def _grouped(x: Array, weight: MixedWeight, tile_group: Array, kernel: bool) -> 
 
 
 def _grouped_fwd(x: Array, weight: MixedWeight, tile_group: Array, kernel: bool) -> tuple:
-    like = None if weight.slot is None else weight.slot[:, :0, :0]
+    # A slot of a plain weight may be narrower than float32.
+    like = None if weight.slot is None or weight.measured else weight.slot[:, :0, :0]
     return _grouped(x, weight, tile_group, kernel), (x, replace(weight, slot=None), tile_group, like)
 
 
@@ -52,7 +53,10 @@ def _grouped_bwd(kernel: bool, residuals: tuple, dy: Array) -> tuple[tuple[Array
     else:
         dx = grouped_dgrad(dy, weight.value, tile_group)
     settings = (weight.value.shape[0], kernel)
-    dw, logs = conclude(weight, WeightProduct((x, dy, tile_group), _grouped_wgrad, settings))
+    product = WeightProduct(
+        (x, dy, tile_group), _grouped_wgrad, settings, with_squares=_with_squares if kernel else None
+    )
+    dw, logs = conclude(weight, product)
     return (dx, dw if like is None else replace(dw, slot=dw.slot.astype(like.dtype)), None), logs
 
 
@@ -60,6 +64,11 @@ def _grouped_wgrad(groups: int, kernel: bool, x: Array, dy: Array, tile_group: A
     if not kernel:
         return grouped_wgrad(x, dy, tile_group, groups)
     return mosaic_gpu.grouped_wgrad(x, dy, group_bounds(tile_group, groups), num_sms=multiprocessors())
+
+
+def _with_squares(groups: int, _: bool, x: Array, dy: Array, tile_group: Array) -> tuple[Array, Array]:
+    bounds = group_bounds(tile_group, groups)
+    return mosaic_gpu.grouped_wgrad(x, dy, bounds, squares=True, num_sms=multiprocessors())
 
 
 _grouped.defvjp_with_logs(_grouped_fwd, _grouped_bwd)

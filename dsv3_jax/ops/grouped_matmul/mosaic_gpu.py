@@ -19,6 +19,7 @@ from dsv3_jax.ops.hopper import (
     MULTIPROCESSORS,
     WARPGROUP_ROWS,
     Config,
+    RowSquares,
     Store,
     in_turns,
     lowered_once,
@@ -111,23 +112,29 @@ def grouped_product(
     return run(tile_group, x, weight)
 
 
-@lowered_once("config", "num_sms", "interpret")
+@lowered_once("config", "squares", "num_sms", "interpret")
 def grouped_wgrad(
     x: Float[Array, "rows m"],
     dy: Float[Array, "rows n"],
     bounds: Int[Array, " groups_and_1"],
     *,
     config: Config = DEFAULT,
+    squares: bool = False,
     num_sms: int = MULTIPROCESSORS,
     interpret: Any = None,
-) -> Float[Array, "groups m n"]:
-    """x^T @ dy over the 128-row tiles bounds[g] to bounds[g + 1] of each group g, in float32."""
+) -> Float[Array, "groups m n"] | tuple[Float[Array, "groups m n"], Float[Array, " groups"]]:
+    """x^T @ dy over the 128-row tiles bounds[g] to bounds[g + 1] of each group g, in float32; with `squares` the sum of
+    the squares of each group's result too."""
     m, n = x.shape[1], dy.shape[1]
     groups = bounds.shape[0] - 1
     grid = (pl.cdiv(m, _ROWS), pl.cdiv(n, config.cols))
     per_tile = _ROWS // _STEP
 
-    def body(bounds_ref, x_ref, dy_ref, out_ref, x_s, dy_s, out_s, full, empty):
+    row_squares = RowSquares(groups, grid[0] * _ROWS, grid[1], config.cols) if squares else None
+
+    def body(bounds_ref, x_ref, dy_ref, out_ref, *refs):
+        *squares_ref, x_s, dy_s, out_s, full, empty = refs
+
         def for_each_tile(f: Callable) -> None:
             @plgpu.nd_loop((groups, grid[0] * grid[1]), collective_axes="sm")
             def _(info):
@@ -154,7 +161,10 @@ def grouped_wgrad(
                 plgpu.wgmma(acc, x_s.at[slot, :, mine].transpose((1, 0)), dy_s.at[slot])
 
             sums = _sum(multiply, count, config, full, empty)
-            store([sums], out_s.at[wg], out_ref.at[group], mi * _ROWS + wg * WARPGROUP_ROWS, ni * config.cols)
+            row, col = mi * _ROWS + wg * WARPGROUP_ROWS, ni * config.cols
+            store([sums], out_s.at[wg], out_ref.at[group], row, col)
+            if row_squares:
+                row_squares([sums], squares_ref[0].at[group], row, col)
 
         through_slots(config, empty, lambda: for_each_tile(load_tile), lambda: for_each_tile(compute_tile))
 
@@ -162,14 +172,18 @@ def grouped_wgrad(
     run = _kernel(
         "bf16_grouped_wgrad",
         body,
-        jax.ShapeDtypeStruct((groups, m, n), jnp.float32),
-        [operand((config.stages, _STEP, _ROWS), x.dtype), operand((config.stages, _STEP, config.cols), x.dtype)],
+        [jax.ShapeDtypeStruct((groups, m, n), jnp.float32), *([row_squares.out_type] if row_squares else [])],
+        [
+            operand((config.stages, _STEP, _ROWS), x.dtype),
+            operand((config.stages, _STEP, config.cols), x.dtype),
+        ],
         store,
         config,
         num_sms,
         interpret,
     )
-    return run(bounds, x, dy)
+    result, *sums = run(bounds, x, dy)
+    return (result, sums[0].sum(axis=(1, 2))) if squares else result
 
 
 def _sum(multiply: Callable, count: Array, config: Config, full: Any, empty: Any) -> Float[Array, "rows cols"]:
@@ -208,13 +222,13 @@ def _sum(multiply: Callable, count: Array, config: Config, full: Any, empty: Any
 def _kernel(
     name: str,
     body: Callable,
-    out_type: jax.ShapeDtypeStruct,
+    out_type: Any,
     operands: list[Any],
     store: Store,
     config: Config,
     num_sms: int,
     interpret: Any,
-) -> Callable[..., Array]:
+) -> Callable[..., Any]:
     """The launch that both kernels share: scratch, barriers, grid."""
     if config.cluster != 1:
         raise ValueError(f"cluster={config.cluster}: blocks of the bf16 products share no operands, cluster must be 1")
