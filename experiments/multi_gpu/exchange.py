@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from dsv3_jax.config import BatchConfig, Config, ModelConfig, ParallelConfig
 from dsv3_jax.model.moe import Exchange, MoE, select_experts
+from dsv3_jax.ops.linear import quantize_input
 from dsv3_jax.ops.quantize import TILE, quantize_rows
 from dsv3_jax.ops.timing import interleaved_medians
 from dsv3_jax.ops.weights import attach_slots, cast_weights, gradient_slots
@@ -193,7 +194,8 @@ def _layer(
     bias = jnp.zeros(model.num_experts)
 
     def forward(compute: Any, slots: Any, x: Array) -> tuple[Array, Array]:
-        y, stats = nnx.merge(graphdef, attach_slots(compute, slots))(x, bias, exchange)
+        given = quantize_input(x, power_of_2=True) if precision == "fp8" else x
+        y, stats = nnx.merge(graphdef, attach_slots(compute, slots))(given, bias, exchange)
         return y, _varies(stats.overflow)[None]
 
     def forward_only(compute: Any, x: Array, dy: Array) -> tuple[Array, Array]:

@@ -18,16 +18,24 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def output():
-    done = run("--tiny", "--devices", "2", "--sections", "exchange,equal", "--steps", "1")
+    done = run("--tiny", "--devices", "2", "--sections", "exchange,layer,equal", "--steps", "1")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_bytes_are_those_of_the_rows_that_cross(output):
     """With two devices and 8 of 32 experts a token has an expert on the other one nearly always."""
-    rows = re.findall(r"\| (bf16|fp8) \| flat \| ([\d.]+) \|", output)
+    rows = re.findall(r"\| (bf16|fp8) \| flat \| ([\d.]+) \|", output.partition("A MoE layer")[0])
     assert [precision for precision, _ in rows] == ["bf16", "fp8"]
     assert all(0.9 < float(crossing) <= 1 for _, crossing in rows)
+
+
+def test_a_layer_is_timed_in_both_precisions(output):
+    rows = re.findall(
+        r"\| (bf16|fp8) \| flat \| ([\d.]+) \| -?[\d.]+ \| ([\d.]+) \|", output.partition("A MoE layer")[2]
+    )
+    assert [precision for precision, *_ in rows] == ["bf16", "fp8"]
+    assert all(float(both) > 0 and float(forward) > 0 for _, forward, both in rows)
 
 
 def test_losses_and_gradients_on_meshes_are_those_of_one_device(output):

@@ -14,7 +14,7 @@ from dsv3_jax.ops.fp8_matmul.tiles import config_for
 
 def compile_kernels(reductions):
     """Dense, grouped and weight gradient products with reductions of these lengths, and a weight gradient of groups,
-    stored and added."""
+    stored, with its squares, and added."""
     f8, f32, shape = jnp.float8_e4m3fn, jnp.float32, jax.ShapeDtypeStruct
     for k in reductions:
         blocks = -(-k // 128)
@@ -34,7 +34,9 @@ def compile_kernels(reductions):
     scales = [shape((832, rows), f32) for rows in (2048, 1536)]
     a, b = (shape((rows, 832 * 128), f8) for rows in (2048, 1536))
     operands = a, scales[0], b, scales[1], shape((65,), jnp.int32)
-    jax.jit(lambda *x: mosaic_gpu.wgrad(*x, config=config)).lower(*operands).compile()
+    for squares in (False, True):
+        run = jax.jit(lambda *x, s=squares: mosaic_gpu.wgrad(*x, config=config, squares=s))
+        run.lower(*operands).compile()
     run = jax.jit(lambda total, first, *x: mosaic_gpu.wgrad(*x, total=total, first=first, config=config))
     run.lower(shape((64, 2048, 1536), f32), None, *operands).compile()
     run.lower(shape((128, 2048, 1536), f32), shape((), jnp.int32), *operands).compile()

@@ -10,6 +10,8 @@ import pytest
 from dsv3_jax.ops import fp8_matmul, hopper, quantize
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.grouped_matmul import grouped_matmul
+from dsv3_jax.ops.grouped_matmul import mosaic_gpu as bf16_kernels
+from dsv3_jax.ops.groups import group_bounds
 from dsv3_jax.ops.permute import mosaic_gpu as permute_kernels
 from dsv3_jax.ops.top_k import grouped_top_k
 
@@ -51,11 +53,18 @@ KERNELS = {
     "weight gradient": lambda o: fp8_matmul.fp8_wgrad(*o["columns"]),
     "weight gradient, added": lambda o: fp8_matmul.fp8_wgrad(*o["columns"], o["weights"][0]),
     "grouped weight gradient": lambda o: fp8_matmul.fp8_grouped_wgrad(*o["columns"], o["groups"], GROUPS),
+    "grouped weight gradient and its squares": lambda o: fp8_matmul.fp8_grouped_wgrad_and_squares(
+        *o["columns"], o["groups"], GROUPS
+    ),
     "grouped weight gradient, added": lambda o: fp8_matmul.fp8_grouped_wgrad(
         *o["columns"], o["groups"], GROUPS, o["weights"]
     ),
     "grouped product in BF16": lambda o: grouped_matmul(o["x"], o["weights"], o["groups"]),
+    "grouped weight gradient in BF16 and its squares": lambda o: bf16_kernels.grouped_wgrad(
+        o["x"], o["dy"], group_bounds(o["groups"], GROUPS), squares=True
+    ),
     "quantize": lambda o: quantize.quantize_both(o["x"]),
+    "quantize to half a tile": lambda o: quantize.quantize_both(o["x"][:, :576]),
     "columns through E5M6": lambda o: quantize.quantize_columns_through_e5m6(o["x"]),
     "blocks": lambda o: quantize.quantize_blocks(o["weights"]),
     "retile": lambda o: quantize.retile(o["rows"]),
