@@ -175,9 +175,11 @@ def producer_and_consumers(
     def _():
         plgpu.set_max_registers(config.registers[1], action="decrease")
 
-        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-        def _():
+        @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
+        def of_each_warp() -> None:
             pl.when(lax.axis_index("warp") < producers)(produce)
+
+        of_each_warp()
 
     @pl.when(wg < config.warpgroups)
     def _():
