@@ -155,10 +155,9 @@ def _device_step(
 
 
 def _measured(shardings: dict[str, Any], microbatches: int) -> Params:
-    """Of which gradients the squares are wanted where they are computed: of experts, where they are final then. Others
-    are too few for it to matter."""
-    is_final = lambda s: microbatches == 1 and s.is_whole  # noqa: E731
-    return jax.tree.map(lambda s: s.expert_dim is not None and is_final(s), shardings)
+    """Of which gradients the squares are wanted where they are computed: of experts, which a model uses once, where no
+    other microbatch or replica adds to them. The other weights are too few for it to matter."""
+    return jax.tree.map(lambda s: microbatches == 1 and s.expert_dim is not None and s.is_whole, shardings)
 
 
 def _reduced(gradients: Params, shardings: dict[str, Any], scale: float) -> tuple[Params, Params]:

@@ -15,7 +15,7 @@ from dsv3_jax.train.step import Knobs, make_step
 
 MODEL = ModelConfig(
     vocab_size=128, d_model=32, num_layers=2, d_ff=64, num_heads=2, qk_nope_head_dim=8, qk_rope_head_dim=8,
-    v_head_dim=8, q_lora_rank=16, kv_lora_rank=16, num_experts=16, d_ff_expert=24, max_length=32, num_mtp_modules=0,
+    v_head_dim=8, q_lora_rank=16, kv_lora_rank=16, num_experts=16, d_ff_expert=24, max_length=32, num_mtp_modules=1,
     init_std=0.08,
 )  # fmt: skip
 ROWS, SEQ = 8, 32
