@@ -81,7 +81,7 @@ class Recipe:
     ) -> tuple[Float[Array, "groups k n"], Float[Array, " groups"]]:
         """`wgrad` of groups, and the sum of the squares of each group's: by the kernel, where it runs. Not of a variant
         that sums in another way."""
-        return api.fp8_grouped_wgrad_and_squares(x_columns, dy_columns, tile_group, groups)
+        return api.fp8_grouped_wgrad_with_squares(x_columns, dy_columns, tile_group, groups)
 
     def add_wgrad(
         self,

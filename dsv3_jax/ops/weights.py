@@ -127,8 +127,9 @@ def conclude_fp8(
 ) -> tuple[FP8Weight, Logs]:
     """`conclude` for a weight in FP8; with a `tile_group` for the weights of all groups, from rows sorted by group."""
     groups = None if tile_group is None else weight.value.values.shape[0]
-    add = Recipe.add_wgrad if weight.recipe.accumulator is None else None
-    with_squares = Recipe.wgrad_with_squares if add and groups else None
+    by_kernels = weight.recipe.accumulator is None
+    add = Recipe.add_wgrad if by_kernels else None
+    with_squares = Recipe.wgrad_with_squares if by_kernels and groups else None
     operands, settings = (x_columns, dy_columns, tile_group), (weight.recipe, groups)
     return conclude(weight, WeightProduct(operands, Recipe.wgrad, settings, add, with_squares))
 

@@ -96,7 +96,7 @@ def test_grouped_weight_gradients_where_a_group_has_no_tokens():
     assert calc_diff(added, expected) < BAR
     assert calc_diff(second[1] + before, expected) < BAR
     assert not np.asarray(stored[1]).any()
-    again, squares = kernel(partial(products.fp8_grouped_wgrad_and_squares, groups=4))(x, dy, tile_group)
+    again, squares = kernel(partial(products.fp8_grouped_wgrad_with_squares, groups=4))(x, dy, tile_group)
     np.testing.assert_array_equal(again, stored)
     np.testing.assert_allclose(squares, np.square(np.asarray(stored, np.float64)).sum(axis=(1, 2)), rtol=1e-5)
 

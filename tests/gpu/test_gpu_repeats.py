@@ -53,7 +53,7 @@ KERNELS = {
     "weight gradient": lambda o: fp8_matmul.fp8_wgrad(*o["columns"]),
     "weight gradient, added": lambda o: fp8_matmul.fp8_wgrad(*o["columns"], o["weights"][0]),
     "grouped weight gradient": lambda o: fp8_matmul.fp8_grouped_wgrad(*o["columns"], o["groups"], GROUPS),
-    "grouped weight gradient and its squares": lambda o: fp8_matmul.fp8_grouped_wgrad_and_squares(
+    "grouped weight gradient and its squares": lambda o: fp8_matmul.fp8_grouped_wgrad_with_squares(
         *o["columns"], o["groups"], GROUPS
     ),
     "grouped weight gradient, added": lambda o: fp8_matmul.fp8_grouped_wgrad(

@@ -17,7 +17,7 @@ from dsv3_jax.ops.fp8_matmul import (
     fp8_grouped_matmul,
     fp8_grouped_matmul_transposed,
     fp8_grouped_wgrad,
-    fp8_grouped_wgrad_and_squares,
+    fp8_grouped_wgrad_with_squares,
     fp8_matmul,
     fp8_matmul_transposed,
     fp8_wgrad,
@@ -192,7 +192,7 @@ def test_grouped_wgrad_kernel_sums_the_squares_of_what_it_stores(config):
     np.testing.assert_array_equal(dw, run(*operands))
     np.testing.assert_allclose(squares, np.square(dw.astype(np.float64)).sum(axis=(1, 2)), rtol=1e-5)
     tile_group = jnp.array([0, 2, 2, 3], jnp.int32)
-    by_reference = jax.jit(fp8_grouped_wgrad_and_squares, static_argnums=3)(x, dy, tile_group, 3)
+    by_reference = jax.jit(fp8_grouped_wgrad_with_squares, static_argnums=3)(x, dy, tile_group, 3)
     assert calc_diff(dw, by_reference[0]) < 1e-9
     np.testing.assert_allclose(squares, by_reference[1], rtol=1e-5)
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from dsv3_jax.ops.permute import assign_slots, mosaic_gpu, permute, permute_choices, tile_rows, unpermute
 from dsv3_jax.ops.quantize import E4M3
 
-# tokens, choices a token, groups, rows a tile: few, so that each compiles once.
-SHAPES = [(1, 1, 1, 8), (3, 2, 9, 8), (40, 3, 5, 8), (64, 2, 4, 16)]
+# tokens, choices a token, groups, rows a tile: few, so that each compiles once. 255 groups and none are the most that
+# keys of 8 bits tell apart.
+SHAPES = [(1, 1, 1, 8), (3, 2, 9, 8), (40, 3, 5, 8), (64, 2, 4, 16), (40, 3, 255, 8), (40, 3, 256, 8)]
 
 assign = jax.jit(assign_slots, static_argnums=(1, 2))
 

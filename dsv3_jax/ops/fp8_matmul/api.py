@@ -94,7 +94,7 @@ def fp8_grouped_wgrad(
     return _added(reference.grouped_wgrad(x_columns, dy_columns, tile_group, groups), total, layer)
 
 
-def fp8_grouped_wgrad_and_squares(
+def fp8_grouped_wgrad_with_squares(
     x_columns: Tiled,
     dy_columns: Tiled,
     tile_group: Int[Array, " tiles"],

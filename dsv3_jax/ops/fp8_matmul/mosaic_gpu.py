@@ -104,9 +104,8 @@ def wgrad(
     out = jax.ShapeDtypeStruct((groups, m, n) if total is None else total.shape, jnp.float32)
     index = jnp.zeros(0 if first is not None else 1, jnp.int32) if bounds is None else bounds
     index = index if first is None else jnp.append(index, first.astype(jnp.int32))
-    return scaled_product(
-        problem, index, a, a_scales, b, b_scales, out, config, total, first, squares, num_sms, interpret
-    )
+    how = {"total": total, "first": first, "squares": squares, "num_sms": num_sms, "interpret": interpret}
+    return scaled_product(problem, index, a, a_scales, b, b_scales, out, config, **how)
 
 
 def _row_tiles(tile_group: Int[Array, " tiles"], groups: int, rows: int) -> Int[Array, "3 row_tiles"]:

@@ -129,7 +129,6 @@ def grouped_wgrad(
     groups = bounds.shape[0] - 1
     grid = (pl.cdiv(m, _ROWS), pl.cdiv(n, config.cols))
     per_tile = _ROWS // _STEP
-
     row_squares = RowSquares(groups, grid[0] * _ROWS, grid[1], config.cols) if squares else None
 
     def body(bounds_ref, x_ref, dy_ref, out_ref, *refs):
@@ -173,10 +172,7 @@ def grouped_wgrad(
         "bf16_grouped_wgrad",
         body,
         [jax.ShapeDtypeStruct((groups, m, n), jnp.float32), *([row_squares.out_type] if row_squares else [])],
-        [
-            operand((config.stages, _STEP, _ROWS), x.dtype),
-            operand((config.stages, _STEP, config.cols), x.dtype),
-        ],
+        [operand((config.stages, _STEP, _ROWS), x.dtype), operand((config.stages, _STEP, config.cols), x.dtype)],
         store,
         config,
         num_sms,
